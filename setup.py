@@ -1,0 +1,32 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="recap_ds",
+    version="0.1.0",
+    description="RECAP for vision-language-action models on DeepSpeed ZeRO-3: labels, critics, exact resume, consolidation",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["recap_ds", "recap_ds.*"]),
+    install_requires=[
+        # A wider torch range would pull a release that deepspeed and transformers are not tested with.
+        "torch>=2.6,<2.14",
+        # 0.19.8: ZeRO-3 skips NaN steps on every rank together, frozen parameters work with checkpointing.
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.23,<6",
+        "peft>=0.21.2,<0.22",
+        "webdataset>=1.0.2,<2",
+        "wandb>=0.19,<1",
+        "pyyaml>=6",
+        "pydantic>=2.10,<3",
+        "safetensors>=0.5,<1",
+        "numpy>=1.26,<3",
+        "pillow>=10",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        # Reading LeRobot data sets: parquet and AV1 video.
+        "lerobot": ["pyarrow>=17", "av>=14"],
+        "test": ["pytest>=8", "ruff>=0.15,<0.18", "pyarrow>=17", "av>=14"],
+    },
+    entry_points={"console_scripts": ["recap-ds = recap_ds.cli.main:main"]},
+)
