@@ -1,0 +1,288 @@
+"""PiStarRECAPPolicy: VLM, action expert, critic and target critic in one container.
+
+One ``forward`` gives the whole optimizer step, so that one engine, one forward and one backward serve it: every
+trainable parameter takes part in every step (ZeRO-3 would re-apply the stale gradient of one that does not), and under
+an engine nothing but ``engine(batch, ...)`` runs. The class is plain PyTorch: no ranks, no engine, no files.
+
+    B batch   F flow draws   H chunk   A action dims   J Q networks
+"""
+
+from collections import deque
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from recap_ds.algo.advantage import INDICATOR_IDS, AdvantageScale, choose_indicator, forced_positive
+from recap_ds.algo.flow_matching import noisy_action, target_velocity
+from recap_ds.algo.iql import advantage as iql_advantage
+from recap_ds.algo.iql import extraction_weight, q_loss, td_target, value_loss
+from recap_ds.batch import Observation, TransitionBatch
+from recap_ds.config import PiStarRECAPConfig
+from recap_ds.models.building import Builder
+from recap_ds.models.critics import Critic, QNetworks
+from recap_ds.models.dit_cross import DiTCrossExpert
+from recap_ds.models.losses import (
+    EvaluationOutput,
+    LossNormalizers,
+    TrainOutput,
+    count_flow_elements,
+    local_counts,
+    normalizers,
+)
+from recap_ds.models.pixels import augment, to_pixels
+from recap_ds.models.sampling import AdvantageName, sample_actions
+from recap_ds.models.vlm import PrefixFeatures, VisionLanguageModel
+
+
+class PiStarRECAPPolicy(nn.Module):
+    """``builder`` says how parameters come to be; ``vlm_folder`` overrides where the VLM is read from."""
+
+    def __init__(self, config: PiStarRECAPConfig, builder: Builder | None = None, vlm_folder: str | None = None):
+        super().__init__()
+        builder = builder or Builder()
+        model, dims = config.model, (config.max_state_dim, config.max_action_dim)
+        self.config = config
+        # Fixed seed, whatever ran before: a restart, another world size and plain PyTorch begin from the same weights.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.training.seed)
+            self.vlm = VisionLanguageModel(model, config.lora, builder, config.training.seed, vlm_folder)
+            with builder.context():
+                self.action_expert = DiTCrossExpert(model, self.vlm.width, *dims)
+                self.critic = Critic(
+                    model, self.vlm.width, config.max_state_dim, config.chunk_size, config.max_action_dim
+                )
+                # The Q networks' slow twin; copied from them once the engine exists, or right here in plain PyTorch.
+                self.target_critic = QNetworks(
+                    model, self.vlm.width, config.max_state_dim, config.chunk_size, config.max_action_dim
+                )
+        self.target_critic.requires_grad_(False)
+        builder.copy(self.critic.q, self.target_critic)
+        if config.training.activation_checkpointing:
+            self.action_expert.activation_checkpointing = True
+            if self.vlm.trainable:
+                self.vlm.enable_activation_checkpointing()
+        self._queue: deque[Tensor] = deque()
+
+    # -- one optimizer step -------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        batch: TransitionBatch,
+        mode: Literal["train", "evaluate"],
+        scale: AdvantageScale,
+        normalizers: LossNormalizers,
+        warming_up: bool,
+    ) -> TrainOutput | EvaluationOutput:
+        """``scale``: per-task thresholds as of the step before; ``normalizers``: the whole step's valid counts."""
+        if mode == "evaluate":
+            return self._evaluate(batch)
+        pixels = self._pixels(batch, batch.observation)
+        next_pixels = self._pixels(batch, batch.next_observation)
+        prefix, next_prefix = self._encode_both(batch, pixels, next_pixels)
+
+        critic_loss, values = self._critic_losses(batch, prefix, next_prefix)
+        advantage = iql_advantage(values["target_q"], values["v"])
+        indicator, weight = self._extraction(batch, advantage, scale, warming_up)
+        flow_error = self._flow_error(batch, prefix, indicator[:, None].expand_as(batch.time))
+
+        iql = self.config.iql
+        policy_sum = (weight * flow_error.sum(dim=1)).sum()
+        loss = iql.policy_loss_weight * policy_sum / normalizers.flow + critic_loss / normalizers.td
+        elements = count_flow_elements(batch).clamp(min=1.0)
+        return TrainOutput(
+            loss=loss,
+            policy_loss=flow_error.detach().sum(dim=1) / elements,
+            q_loss=values["q_loss"].detach(),
+            v_loss=values["v_loss"].detach(),
+            q=values["target_q"].amin(dim=0),
+            v=values["v"].detach(),
+            advantage=advantage,
+            td_error=values["td_error"],
+            weight=weight,
+            indicator=indicator,
+        )
+
+    def _pixels(self, batch: TransitionBatch, observation: Observation) -> Tensor:
+        pixels = to_pixels(observation.images)
+        if self.config.data.augmentation == "shift_and_color" and self.training:
+            pixels = augment(pixels, batch.augmentation)
+        return pixels
+
+    def _encode_both(
+        self, batch: TransitionBatch, pixels: Tensor, next_pixels: Tensor
+    ) -> tuple[PrefixFeatures, PrefixFeatures]:
+        """Prefix of o_t (with gradient where the VLM trains) and of o_{t+k} (never)."""
+        now, later = batch.observation, batch.next_observation
+        if self.vlm.trainable:
+            prefix = self.vlm(now, pixels)
+            with torch.no_grad():
+                return prefix, self.vlm(later, next_pixels)
+        both = Observation(*(torch.cat(parts) for parts in zip(now, later, strict=True)))
+        encoded = self.vlm(both, torch.cat([pixels, next_pixels]))
+        first, second = zip(*(part.chunk(2) for part in encoded), strict=True)
+        return PrefixFeatures(*first), PrefixFeatures(*second)
+
+    def _critic_losses(
+        self, batch: TransitionBatch, prefix: PrefixFeatures, next_prefix: PrefixFeatures
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum of V and Q losses over samples with a TD target; the critic reads detached features."""
+        detached = PrefixFeatures(prefix.hidden.detach(), prefix.mask)
+        state, iql = batch.observation.state, self.config.iql
+        v = self.critic.v(detached, state)
+        q = self.critic.q(detached, state, batch.actions, batch.td_action_valid)
+        with torch.no_grad():
+            target_q = self.target_critic(detached, state, batch.actions, batch.td_action_valid)
+            next_v = self.critic.v(next_prefix, batch.next_observation.state)
+            target = td_target(
+                batch.chunk_reward,
+                batch.chunk_discount,
+                batch.continues,
+                next_v,
+                clip=self.config.value.reward == "sparse_time",
+            )
+        valid = batch.td_valid.float()
+        per_sample_v = value_loss(target_q, v, iql.expectile) * valid
+        per_sample_q = q_loss(q, target) * valid
+        loss = iql.v_loss_weight * per_sample_v.sum() + iql.q_loss_weight * per_sample_q.sum()
+        td_error = (q.detach().mean(dim=0) - target) * valid
+        parts = {"v": v, "target_q": target_q, "v_loss": per_sample_v, "q_loss": per_sample_q, "td_error": td_error}
+        return loss, parts
+
+    def _extraction(
+        self, batch: TransitionBatch, advantage: Tensor, scale: AdvantageScale, warming_up: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Indicator [B] and policy weight [B] of every sample (design: conditioned, weighted or both)."""
+        recap = self.config.recap
+        source_weight = torch.tensor(recap.source_weights, device=advantage.device)[batch.source]
+        if recap.policy_extraction == "weighted":
+            indicator = torch.full_like(batch.task, INDICATOR_IDS["none"])
+        else:
+            forced = forced_positive(batch.source, recap.demos)
+            indicator = choose_indicator(advantage, batch.task, forced, batch.indicator_dropped, scale, warming_up)
+        if recap.policy_extraction == "conditioned":
+            return indicator, source_weight
+        sigma = scale.sigma[batch.task]
+        known = batch.td_valid & (not warming_up)
+        weight = torch.where(known, extraction_weight(advantage, self.config.iql.temperature, sigma), 1.0)
+        return indicator, source_weight * weight
+
+    def _flow_error(self, batch: TransitionBatch, prefix: PrefixFeatures, indicator: Tensor) -> Tensor:
+        """Squared velocity error [B, F], summed over valid frames and real dims; ``indicator`` [B, F]."""
+        mask = (batch.action_valid[:, None, :, None] & batch.action_dim_mask[:, None, None, :]).float()
+        noise = batch.noise * batch.action_dim_mask[:, None, None, :]
+        actions = (batch.actions * batch.action_valid[..., None])[:, None]
+        x_t = noisy_action(actions, noise, batch.time)
+        context = self.action_expert.encode_prefix(prefix)
+        velocity = self.action_expert(context, batch.observation.state, x_t, batch.time, indicator, batch.action_valid)
+        return ((velocity - target_velocity(actions, noise)).square() * mask).sum(dim=(2, 3))
+
+    @torch.no_grad()
+    def _evaluate(self, batch: TransitionBatch) -> EvaluationOutput:
+        pixels, next_pixels = to_pixels(batch.observation.images), to_pixels(batch.next_observation.images)
+        prefix, next_prefix = self._encode_both(batch, pixels, next_pixels)
+        shuffled = self.vlm(batch.observation, pixels.roll(1, dims=0))
+        _, values = self._critic_losses(batch, prefix, next_prefix)
+        elements = count_flow_elements(batch).clamp(min=1.0)
+        flow_loss = [
+            self._flow_error(batch, prefix, torch.full_like(batch.time, indicator, dtype=torch.long)).sum(dim=1)
+            for indicator in INDICATOR_IDS.values()
+        ]
+        state, noise = batch.observation.state, batch.noise[:, 0]
+        conditioned, unconditioned = (
+            sample_actions(self.action_expert, prefix, state, noise, batch.action_dim_mask, advantage,
+                           guidance_beta=1.0, num_steps=self.config.num_inference_steps)
+            for advantage in ("positive", None)
+        )  # fmt: skip
+        return EvaluationOutput(
+            flow_loss=torch.stack(flow_loss, dim=1) / elements[:, None],
+            q_loss=values["q_loss"],
+            v_loss=values["v_loss"],
+            q=values["target_q"].amin(dim=0),
+            v=values["v"],
+            v_shuffled=self.critic.v(shuffled, state),
+            actions=conditioned,
+            unconditioned_actions=unconditioned,
+        )
+
+    # -- plain PyTorch ------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict]:
+        """Trainable parameters in the groups vlm, action_expert, critic, each with its own peak learning rate."""
+        training = self.config.training
+        rates = {
+            "vlm": training.vlm_learning_rate,
+            "action_expert": training.learning_rate,
+            "critic": training.critic_learning_rate,
+        }
+        groups = []
+        for name, rate in rates.items():
+            parameters = [p for p in self.get_submodule(name).parameters() if p.requires_grad]
+            if parameters:
+                groups.append({"name": name, "params": parameters, "lr": rate, "weight_decay": training.weight_decay})
+        return groups
+
+    def configure_optimizers(self) -> torch.optim.AdamW:
+        training = self.config.training
+        return torch.optim.AdamW(self.parameter_groups(), lr=training.learning_rate, betas=training.betas)
+
+    def training_step(self, batch: TransitionBatch, scale: AdvantageScale | None = None) -> dict[str, Tensor]:
+        """Losses of one batch on its own; call ``loss.backward()`` and, after each step, ``update_targets()``.
+
+        Without a ``scale`` (an AdvantageRing's) only forced-positive samples carry an indicator.
+        """
+        if scale is None:
+            num_tasks, device = int(batch.task.max()) + 1, batch.task.device
+            infinite = torch.full((num_tasks,), torch.inf, device=device)
+            scale = AdvantageScale(infinite, infinite, torch.zeros(num_tasks, dtype=torch.bool, device=device))
+        counts = local_counts(batch)
+        output = self(batch, "train", scale, normalizers(counts), warming_up=False)
+        flow, td = counts.clamp(min=1.0)
+        return {
+            "loss": output.loss,
+            "policy_loss": (output.policy_loss * count_flow_elements(batch)).sum() / flow,
+            "q_loss": output.q_loss.sum() / td,
+            "v_loss": output.v_loss.sum() / td,
+            "advantage": output.advantage,
+        }
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        """Polyak step of the target critic; under an engine ``distributed.shadows`` does this on shards."""
+        online = self.critic.q.parameters()
+        for target, source in zip(self.target_critic.parameters(), online, strict=True):
+            target.lerp_(source, self.config.iql.target_update_rate)
+
+    @torch.no_grad()
+    def predict_action_chunk(
+        self,
+        observation: Observation,
+        *,
+        noise: Tensor | None = None,
+        action_dim_mask: Tensor | None = None,
+        advantage: AdvantageName = "positive",
+        guidance_beta: float = 1.0,
+        num_steps: int | None = None,
+    ) -> Tensor:
+        """Actions [B, H, A] in normalised units, from ``noise`` [B, H, A] (drawn if not given)."""
+        batch_size, device = observation.state.shape[0], observation.state.device
+        shape = (batch_size, self.config.chunk_size, self.config.max_action_dim)
+        if noise is None:
+            noise = torch.randn(shape, device=device)
+        if action_dim_mask is None:
+            action_dim_mask = torch.ones(batch_size, shape[2], dtype=torch.bool, device=device)
+        prefix = self.vlm(observation, to_pixels(observation.images))
+        steps = num_steps or self.config.num_inference_steps
+        return sample_actions(
+            self.action_expert, prefix, observation.state, noise, action_dim_mask, advantage, guidance_beta, steps
+        )
+
+    def select_action(self, observation: Observation, **options) -> Tensor:
+        """Next action [B, A] of the queued chunk; a new chunk is predicted when the queue is empty."""
+        if not self._queue:
+            self._queue.extend(self.predict_action_chunk(observation, **options).unbind(dim=1))
+        return self._queue.popleft()
+
+    def reset(self) -> None:
+        """Forget the queued chunk: call between episodes."""
+        self._queue.clear()

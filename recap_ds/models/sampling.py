@@ -1,0 +1,48 @@
+"""Action sampling: Euler integration of the guided velocity field over one encoded prefix.
+
+B batch   H chunk   A action dims
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from recap_ds.algo.advantage import INDICATOR_IDS
+from recap_ds.algo.flow_matching import euler, guided_velocity
+from recap_ds.models.dit_cross import DiTCrossExpert
+from recap_ds.models.vlm import PrefixFeatures
+
+AdvantageName = Literal["positive", "negative"] | None
+
+
+def sample_actions(
+    expert: DiTCrossExpert,
+    prefix: PrefixFeatures,
+    state: Tensor,
+    noise: Tensor,
+    action_dim_mask: Tensor,
+    advantage: AdvantageName,
+    guidance_beta: float,
+    num_steps: int,
+) -> Tensor:
+    """Actions [B, H, A] from ``noise`` [B, H, A].
+
+    v = v_u + guidance_beta (v_c - v_u) (RECAP, Eq. 13). Where both branches are needed they are two draws of one expert pass:
+    the prefix is encoded and projected once. Dims the robot lacks stay zero, as in training.
+    """
+    context = expert.encode_prefix(prefix)
+    noise = noise * action_dim_mask[:, None, :]
+    everywhere = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
+    condition = INDICATOR_IDS[advantage or "none"]
+    guided = advantage is not None and guidance_beta != 1.0
+    indicators = [INDICATOR_IDS["none"], condition] if guided else [condition]
+    indicator = torch.tensor(indicators, device=noise.device).expand(len(noise), -1)
+
+    def velocity(x_t: Tensor, time: Tensor) -> Tensor:
+        branches = len(indicators)
+        x_t, time = x_t[:, None].expand(-1, branches, -1, -1), time[:, None].expand(-1, branches)
+        field = expert(context, state, x_t, time, indicator, everywhere) * action_dim_mask[:, None, None, :]
+        return guided_velocity(field[:, 0], field[:, 1], guidance_beta) if guided else field[:, 0]
+
+    return euler(velocity, noise, num_steps)

@@ -1,0 +1,138 @@
+"""The vision-language model: transformers' PaliGemma, encoded as one bidirectional prefix.
+
+The prefix (images, then prompt) never attends to states, actions or the advantage indicator, so it is encoded once per
+observation and read by every head. ``PaliGemmaModel.forward`` is not called: it finds image tokens with ``.item()``, a
+device sync, and cannot run on meta. Token embeddings are scaled by sqrt(width) inside transformers' embedding module
+and image features are not, as in openpi.
+
+    B batch   C cameras   N patches of one image   L prompt tokens   T = C * N + L prefix tokens   D VLM width
+"""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recap_ds.batch import Observation
+from recap_ds.config import LoraConfig, ModelConfig
+from recap_ds.models.building import Builder, fill
+from recap_ds.models.lora import add_adapters
+from recap_ds.models.vlm_weights import checkpoint_tensors, load_vlm_config, locate_vlm, random_tensors
+
+TINY = "tiny"
+TINY_VOCABULARY = 512  # the byte tokenizer's
+
+
+class PrefixFeatures(NamedTuple):
+    hidden: Tensor  # [B, T, D]
+    mask: Tensor  # [B, T] bool, True = a real token
+
+
+class ConvStem(nn.Module):
+    """Image -> patch grid by stride-2 convolutions, in place of SigLIP's one big stride.
+
+    A tiny vision tower trained from scratch hardly learns positions from raw 16 x 16 patches.
+    """
+
+    def __init__(self, width: int, patch_size: int):
+        super().__init__()
+        num_halvings = patch_size.bit_length() - 1
+        assert 2**num_halvings == patch_size, "the conv stem needs a patch size that is a power of two"
+        channels = [3, *(max(width >> shift, 16) for shift in range(num_halvings - 1, 0, -1)), width]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1) for before, after in pairwise(channels)
+        )
+
+    @property
+    def weight(self) -> nn.Parameter:
+        # SigLIP's embedding asks its patch projection for the dtype to cast pixels to.
+        return self.convolutions[0].weight
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        for convolution in self.convolutions[:-1]:
+            pixels = nn.functional.gelu(convolution(pixels))
+        return self.convolutions[-1](pixels)
+
+
+class VisionLanguageModel(nn.Module):
+    """Frozen, LoRA-adapted or fully trained PaliGemma; ``trainable`` says whether gradients flow into it."""
+
+    def __init__(self, config: ModelConfig, lora: LoraConfig, builder: Builder, seed: int, folder: str | None = None):
+        # Imported here: transformers takes seconds, and `recap-ds` verbs without a model should not wait for it.
+        from transformers import PaliGemmaModel
+        from transformers.initialization import no_init_weights
+
+        super().__init__()
+        source = Path(folder) if folder else locate_vlm(config)
+        vlm_config = tiny_config(config.image_size) if source is None else load_vlm_config(source, config.image_size)
+        self.trainable = lora.enabled or not config.freeze_vlm
+        # A named folder (an export) always brings weights.
+        self.random_init = folder is None and (source is None or config.vlm_random_init)
+        with builder.context(), no_init_weights():
+            self.paligemma = PaliGemmaModel(vlm_config)
+            if config.conv_stem:
+                vision = vlm_config.vision_config
+                stem = ConvStem(vision.hidden_size, vision.patch_size)
+                self.paligemma.vision_tower.embeddings.patch_embedding = stem
+        values = random_tensors(self.paligemma, builder, seed) if self.random_init else checkpoint_tensors(source)
+        fill(self.paligemma, values, builder)
+        self.width = vlm_config.text_config.hidden_size
+        self.paligemma.requires_grad_(not config.freeze_vlm)
+        if lora.enabled:
+            add_adapters(self.paligemma, lora)
+
+    def enable_activation_checkpointing(self) -> None:
+        for tower in (self.paligemma.vision_tower, self.paligemma.language_model):
+            tower.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+    def forward(self, observation: Observation, pixels: Tensor) -> PrefixFeatures:
+        """``pixels`` [B, C, 3, P, P] in [-1, 1]: the observation's images, normalised on the device."""
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            return self._encode(observation, pixels)
+
+    def _encode(self, observation: Observation, pixels: Tensor) -> PrefixFeatures:
+        batch_size = pixels.shape[0]
+        patches = self.paligemma.vision_tower(pixels.flatten(0, 1)).last_hidden_state
+        images = self.paligemma.multi_modal_projector(patches).unflatten(0, (batch_size, -1))  # [B, C, N, D]
+        image_mask = observation.camera_mask[:, :, None].expand(-1, -1, images.shape[2])
+        words = self.paligemma.language_model.embed_tokens(observation.tokens)
+        embeddings = torch.cat([images.flatten(1, 2), words], dim=1)
+        mask = torch.cat([image_mask.flatten(1), observation.token_mask], dim=1)
+        # Bidirectional: every token sees every real token. Positions skip what is masked, as in openpi.
+        hidden = self.paligemma.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1),
+            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        return PrefixFeatures(hidden, mask)
+
+
+def tiny_config(image_size: int):
+    """PaliGemma's architecture at about a million parameters."""
+    from transformers import PaliGemmaConfig
+
+    shared = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return PaliGemmaConfig(
+        text_config={
+            "model_type": "gemma",
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "vocab_size": TINY_VOCABULARY,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+            **shared,
+        },
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "image_size": image_size,
+            "patch_size": 16,
+            "vision_use_head": False,
+            **shared,
+        },
+        projection_dim=128,
+        image_token_index=TINY_VOCABULARY - 1,
+    )
