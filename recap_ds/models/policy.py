@@ -41,21 +41,18 @@ class PiStarRECAPPolicy(nn.Module):
     def __init__(self, config: PiStarRECAPConfig, builder: Builder | None = None, vlm_folder: str | None = None):
         super().__init__()
         builder = builder or Builder()
-        model, dims = config.model, (config.max_state_dim, config.max_action_dim)
+        model = config.model
         self.config = config
         # Fixed seed, whatever ran before: a restart, another world size and plain PyTorch begin from the same weights.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
             self.vlm = VisionLanguageModel(model, config.lora, builder, config.training.seed, vlm_folder)
             with builder.context():
-                self.action_expert = DiTCrossExpert(model, self.vlm.width, *dims)
-                self.critic = Critic(
-                    model, self.vlm.width, config.max_state_dim, config.chunk_size, config.max_action_dim
-                )
-                # The Q networks' slow twin; copied from them once the engine exists, or right here in plain PyTorch.
-                self.target_critic = QNetworks(
-                    model, self.vlm.width, config.max_state_dim, config.chunk_size, config.max_action_dim
-                )
+                self.action_expert = DiTCrossExpert(model, self.vlm.width, config.max_state_dim, config.max_action_dim)
+                sizes = (model, self.vlm.width, config.max_state_dim, config.chunk_size, config.max_action_dim)
+                self.critic = Critic(*sizes)
+                # The Q networks' slow twin; under an engine distributed.shadows moves it.
+                self.target_critic = QNetworks(*sizes)
         self.target_critic.requires_grad_(False)
         builder.copy(self.critic.q, self.target_critic)
         if config.training.activation_checkpointing:

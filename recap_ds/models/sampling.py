@@ -28,8 +28,8 @@ def sample_actions(
 ) -> Tensor:
     """Actions [B, H, A] from ``noise`` [B, H, A].
 
-    v = v_u + guidance_beta (v_c - v_u) (RECAP, Eq. 13). Where both branches are needed they are two draws of one expert pass:
-    the prefix is encoded and projected once. Dims the robot lacks stay zero, as in training.
+    v = v_u + guidance_beta (v_c - v_u) (RECAP, Eq. 13). Where both branches are needed they are two draws of one expert
+    pass: the prefix is encoded and projected once. Dims the robot lacks stay zero, as in training.
     """
     context = expert.encode_prefix(prefix)
     noise = noise * action_dim_mask[:, None, :]
