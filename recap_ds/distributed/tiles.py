@@ -1,0 +1,166 @@
+"""The pieces of every parameter that this rank owns, read and written without communication.
+
+A tile is a run of a parameter's flattened values: under ZeRO-3 the rank's shard of it, under ZeRO-2 what falls into the
+rank's part of the flat optimizer buffer. Tiles of all ranks cover every trainable parameter exactly once, whatever the
+stage, the world size or the sub-groups; that is what lets a checkpoint move between them.
+
+Knows no files and no names of files. Nothing here is pickled.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import lazy_init_hp_params_optimizer_state
+from torch import Tensor
+from torch.nn import Parameter
+
+from recap_ds.distributed.build import param_is_sharded
+from recap_ds.distributed.engine import zero_stage
+
+Key = Literal["fp32", "exp_avg", "exp_avg_sq"]
+KEYS: tuple[Key, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+class Tile(NamedTuple):
+    name: str  # of the parameter, as in model.named_parameters()
+    start: int  # in the flattened parameter
+    length: int
+    group: str  # of the optimizer
+
+
+def local_tiles(engine: DeepSpeedEngine) -> list[Tile]:
+    """What this rank owns of every trainable parameter, in the model's order; where it owns nothing, no tile."""
+    group_names = _group_names(engine)
+    tiles = []
+    for name, param in engine.module.named_parameters():
+        if param.requires_grad:
+            start, length = local_span(param)
+            if length:
+                tiles.append(Tile(name, start, length, group_names[param]))
+    return tiles
+
+
+def _group_names(engine: DeepSpeedEngine) -> dict[Parameter, str]:
+    optimizer = engine.optimizer
+    if zero_stage(engine) == 3:
+        flat_groups, group_of = optimizer.fp16_groups, optimizer.sub_group_to_group_id
+    else:
+        flat_groups, group_of = optimizer.bit16_groups, range(len(optimizer.bit16_groups))
+    names = [group["name"] for group in optimizer.param_groups]
+    return {param: names[group_of[index]] for index, params in enumerate(flat_groups) for param in params}
+
+
+def local_span(param: Parameter) -> tuple[int, int]:
+    """(start, length) of this rank's piece of a parameter's flattened values.
+
+    A frozen parameter under ZeRO-2 is whole on every rank.
+    """
+    if param_is_sharded(param):
+        width = param.ds_tensor.ds_numel
+        start = min(torch.distributed.get_rank(param.ds_process_group) * width, param.ds_numel)
+        return start, min(width, param.ds_numel - start)
+    if not param.requires_grad:
+        return 0, param.numel()
+    mapping = param._hp_mapping
+    if mapping is None:
+        return 0, 0
+    return mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+
+
+def read_tile(param: Parameter, key: Key) -> Tensor:
+    """[length] fp32 values of this rank's tile: a live view, on the host where the optimizer is offloaded.
+
+    The same numbers as DeepSpeed's ``safe_get_local_*`` without their copy to the device, less the padding.
+    """
+    if not param_is_sharded(param):
+        return param._hp_mapping.get_hp_fragment(None if key == "fp32" else key).detach()
+    optimizer = param._z3_optimizer
+    flat_index, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+    flat = optimizer.fp32_partitioned_groups_flat[flat_index]
+    values = flat if key == "fp32" else optimizer.optimizer.state[flat][key]
+    return values.detach().narrow(0, offset, local_span(param)[1])
+
+
+@torch.no_grad()
+def write_tile(param: Parameter, key: Key, values: Tensor) -> None:
+    """Set this rank's tile from [length] values.
+
+    Under ZeRO-2 the weights the forward uses follow only with ``refresh_forward_copies``.
+    """
+    tile = read_tile(param, key)
+    assert values.shape == tile.shape, (values.shape, tile.shape)
+    tile.copy_(values)
+    if key == "fp32" and param_is_sharded(param):
+        write_local_shard(param, tile)  # else the forward would use the old weights until the next step
+
+
+def refresh_forward_copies(engine: DeepSpeedEngine) -> None:
+    """After writing fp32 tiles: give every rank the new weights. Collective: every rank must call."""
+    if zero_stage(engine) != 3:
+        engine.optimizer.update_lp_params()
+
+
+@torch.no_grad()
+def ensure_adam_state(engine: DeepSpeedEngine) -> None:
+    """Create Adam's zero moments where no step was taken yet: torch makes them only in the first step."""
+    optimizer = engine.optimizer
+    fused = optimizer.param_groups[0]["fused"]
+    for flat in _flat_masters(engine):
+        state = optimizer.optimizer.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
+            state["exp_avg"] = torch.zeros_like(flat)
+            state["exp_avg_sq"] = torch.zeros_like(flat)
+    if zero_stage(engine) != 3:
+        # Stage 2 reads the moments through every parameter's own view of them, made in its first step.
+        for params, flat in zip(optimizer.bit16_groups, _flat_masters(engine), strict=True):
+            lazy_init_hp_params_optimizer_state(params, flat, optimizer.optimizer.state)
+
+
+def _flat_masters(engine: DeepSpeedEngine) -> list[Tensor]:
+    """The flat fp32 tensors that torch's optimizer keys its state by."""
+    optimizer = engine.optimizer
+    if zero_stage(engine) == 3:
+        return optimizer.fp32_partitioned_groups_flat
+    return optimizer.single_partition_of_fp32_groups
+
+
+def read_adam_step(engine: DeepSpeedEngine) -> int:
+    """Optimizer steps applied so far, which Adam's bias correction needs. One number: groups are stepped together."""
+    ensure_adam_state(engine)
+    steps = {int(engine.optimizer.optimizer.state[flat]["step"].item()) for flat in _flat_masters(engine)}
+    assert len(steps) == 1, f"flat groups were stepped {steps} times"
+    return steps.pop()
+
+
+def write_adam_step(engine: DeepSpeedEngine, step: int) -> None:
+    ensure_adam_state(engine)
+    for flat in _flat_masters(engine):
+        engine.optimizer.optimizer.state[flat]["step"].fill_(step)
+
+
+def local_shard(param: Parameter) -> Tensor:
+    """[length] view of what the forward uses, in its dtype: the shard under ZeRO-3, else the whole parameter."""
+    if not param_is_sharded(param):
+        return param.detach().view(-1)
+    _, length = local_span(param)
+    return param.ds_tensor.detach()[:length]
+
+
+@torch.no_grad()
+def write_local_shard(param: Parameter, values: Tensor) -> None:
+    """Set what ``local_shard`` reads; the next forward uses it. The only place that writes shards.
+
+    Two copies of a shard can outlive it and would hide the write: small parameters stay gathered, and with hpZ a frozen
+    parameter keeps a secondary shard for ever. Both are dropped here. Only between a step and the next forward.
+    """
+    if param_is_sharded(param):
+        if param.ds_status is ZeroParamStatus.AVAILABLE:
+            param.partition()
+        assert param.ds_status is ZeroParamStatus.NOT_AVAILABLE, "a gather of this parameter is under way"
+        param.ds_secondary_tensor = None
+    target = local_shard(param)
+    assert values.shape == target.shape, (values.shape, target.shape)
+    target.copy_(values)
