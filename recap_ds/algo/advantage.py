@@ -45,7 +45,8 @@ class AdvantageRing:
     def append(self, advantage: Tensor, task: Tensor, eligible: Tensor, slot: Tensor) -> None:
         """Append the eligible samples of one optimizer step, all ranks' together; the order of the rows is irrelevant.
 
-        All [N]: ``advantage`` float32, ``eligible`` bool with True = counts (not forced positive, not padding).
+        All [N]: ``advantage`` float32, ``eligible`` bool with True = counts (not forced positive, not padding, and with
+        a TD target: the advantage of a sample without one means nothing).
         """
         assert advantage.dtype == torch.float32, "thresholds are exact for float32 advantages"
         order = slot.argsort()
@@ -102,15 +103,16 @@ def choose_indicator(
     forced_positive: Tensor,
     dropped: Tensor,
     scale: AdvantageScale,
-    warming_up: bool | Tensor,
+    unknown: bool | Tensor,
 ) -> Tensor:
     """INDICATOR_IDS of each sample, [B] int64.
 
-    While ``warming_up`` (a bool or bool scalar), and until its task is ready, a not-forced sample gets none: nothing
-    is known of it yet. ``dropped`` ones get none, forced or not: they train the unconditional branch of guidance.
+    ``unknown`` (True = the advantage says nothing; one bool for all or [B]) holds while critics warm up and for a
+    sample without a TD target, of which Q never learned. Such a sample, and one whose task is not ready, gets none
+    unless it is forced. ``dropped`` ones get none, forced or not: they train the unconditional branch of guidance.
     """
     none, negative, positive = (INDICATOR_IDS[name] for name in ("none", "negative", "positive"))
     labelled = torch.where(advantage > scale.threshold[task], positive, negative)
-    known = scale.ready[task] & torch.as_tensor(warming_up).logical_not()
+    known = scale.ready[task] & torch.as_tensor(unknown).logical_not()
     indicator = torch.where(known, labelled, none)
     return indicator.masked_fill(forced_positive, positive).masked_fill(dropped, none)

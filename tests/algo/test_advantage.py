@@ -124,10 +124,10 @@ def test_nothing_is_read_on_the_host():
     assert choose_indicator(advantage, task, eligible, eligible, scale, False).shape == (40,)
 
 
-@pytest.mark.parametrize("warming_up", [False, True, torch.tensor(False), torch.tensor(True)])
-def test_indicator_table(warming_up):
+@pytest.mark.parametrize("unknown", [False, True, torch.tensor(False), torch.tensor(True)])
+def test_indicator_table(unknown):
     scale = AdvantageScale(torch.tensor([0.1, -0.2]), torch.ones(2), torch.tensor([True, False]))
-    rows = [  # advantage, task, forced, dropped -> after warm-up, during it
+    rows = [  # advantage, task, forced, dropped -> known, unknown
         (0.2, 0, False, False, POSITIVE, NONE),
         (0.1, 0, False, False, NEGATIVE, NONE),  # a tie
         (0.0, 0, False, False, NEGATIVE, NONE),
@@ -137,10 +137,18 @@ def test_indicator_table(warming_up):
         (0.2, 0, False, True, NONE, NONE),
         (0.2, 0, True, True, NONE, NONE),
     ]
-    advantage, task, forced, dropped, after, during = (torch.tensor(column) for column in zip(*rows, strict=True))
-    indicator = choose_indicator(advantage, task, forced, dropped, scale, warming_up)
-    assert indicator.tolist() == (during if warming_up else after).tolist()
+    advantage, task, forced, dropped, if_known, if_unknown = (torch.tensor(c) for c in zip(*rows, strict=True))
+    indicator = choose_indicator(advantage, task, forced, dropped, scale, unknown)
+    assert indicator.tolist() == (if_unknown if unknown else if_known).tolist()
     assert indicator.dtype == torch.int64
+
+
+def test_a_sample_without_a_td_target_gets_no_label():
+    scale = AdvantageScale(torch.tensor([0.1]), torch.ones(1), torch.tensor([True]))
+    no, yes = torch.tensor([False] * 3), torch.tensor([False, False, True])
+    unknown = torch.tensor([False, True, True])
+    indicator = choose_indicator(torch.full((3,), 0.2), torch.zeros(3).long(), yes, no, scale, unknown)
+    assert indicator.tolist() == [POSITIVE, NONE, POSITIVE]
 
 
 def test_corrections_are_always_forced_and_demonstrations_by_choice():
