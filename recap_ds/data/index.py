@@ -1,8 +1,9 @@
 """The index beside each tar: every member's place and every sample's numbers, without reading the tar.
 
-``demo-000000.tar`` has ``demo-000000.index.npz``: plain numpy arrays (never pickle) over n samples and M member suffixes.
-The writer makes it while writing; ``build_index`` makes the same one from any plain WebDataset tar whose samples carry the
-JSON record below. What it refuses: members that would need pickle, paths, links, devices, sparse or huge members.
+``demo-000000.tar`` has ``demo-000000.index.npz``: plain numpy arrays (never pickle) over n samples and M member
+suffixes. The writer makes it while writing; ``build_index`` makes the same one from any plain WebDataset tar whose
+samples carry the JSON record below. What it refuses: members that would need pickle, paths, links, devices, sparse or
+huge members.
 """
 
 import io
@@ -120,16 +121,13 @@ class ShardIndex:
             raise UsageError(f"{path}: missing; {mend}") from None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UsageError(f"{path}: damaged ({error}); {mend}") from None
-        if {len(getattr(index, name)) for name in _ROW_FIELDS} != {index.num_samples}:
+        rows = [getattr(index, field.name) for field in fields(cls) if field.name not in _TABLE_FIELDS]
+        if {len(column) for column in rows} != {index.num_samples}:
             raise UsageError(f"{path}: damaged (its arrays disagree in length); {mend}")
         return index
 
 
-_ROW_FIELDS = ("offsets", "sizes", "crc32", "source", "task", "episode", "frame", "episode_length", "outcome") + (
-    "control",
-    "num_valid",
-    "next_offset",
-)
+_TABLE_FIELDS = ("suffixes", "tasks", "episodes")
 
 
 class IndexBuilder:

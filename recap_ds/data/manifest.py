@@ -1,6 +1,6 @@
 """``manifest.json`` of a shard folder: what is in it, its statistics, and every shard's size and sha256.
 
-It is written last and atomically, so a folder is what its manifest says: tars it does not list are not part of the data.
+It is written last and atomically, so a folder is what its manifest says: tars it does not list are no part of the data.
 Counts are derived from the shard indices alone; W = action_width, the stored width of an action chunk.
 """
 
@@ -19,17 +19,6 @@ from recap_ds.errors import UsageError
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 FeatureName = Literal["state", "actions"]
-# What two imports into one folder must agree on, in the order in which a difference is named.
-SHARED_KEYS = (
-    "cameras",
-    "state_dim",
-    "action_dim",
-    "action_width",
-    "fps",
-    "td_horizon",
-    "image_size",
-    "has_next",
-)
 
 
 class _Part(BaseModel):
@@ -123,9 +112,9 @@ class Manifest(_Part):
             ) from None
 
 
-def check_agreement(folder: str | Path, old: Manifest, new: dict) -> None:
-    """``new``: SHARED_KEYS -> values of what is about to join ``old``. UsageError names the first that differs."""
-    for key in SHARED_KEYS:
-        before, now = getattr(old, key), new[key]
+def check_agreement(folder: str | Path, old: Manifest, new: dict[str, object]) -> None:
+    """``new``: keys of the manifest -> values of what is to join ``old``. UsageError names the first that differs."""
+    for key, now in new.items():
+        before = getattr(old, key)
         if before != now:
             raise UsageError(f"{folder}: {key} is {before!r} there but {now!r} here; import into another folder")

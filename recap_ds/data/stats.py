@@ -1,9 +1,9 @@
 """Statistics of states and actions that merge: what normalisation is built from.
 
-Count, min and max merge exactly; mean and std by Chan's parallel formula in float64. Quantiles come from a histogram per dim
-of at most NUM_BINS bins of width 2**e aligned at multiples of the width, so that merging only ever joins whole bins: the
-result does not depend on how the data was split. A quantile is within one bin width of the exact order statistic, which is
-under 2 / NUM_BINS of the dim's range. n = rows, D = dims of the feature.
+Count, min and max merge exactly; mean and std by Chan's parallel formula in float64. Quantiles come from a histogram
+per dim of at most NUM_BINS bins of width 2**e aligned at multiples of the width, so that merging only ever joins whole
+bins: the result does not depend on how the data was split. A quantile is within one bin width of the exact order
+statistic, which is under 2 / NUM_BINS of the dim's range. n = rows, D = dims of the feature.
 """
 
 import math

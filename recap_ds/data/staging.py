@@ -1,0 +1,89 @@
+"""All or nothing: new shards are made in a hidden folder beside the old ones and join them in one step.
+
+``.writing/`` holds spools, tars and, just before they move, the manifest that will list them. Until ``manifest.json``
+is replaced the old one is valid and complete; whatever an interrupted import left is taken back by the next one, and
+nothing else is ever deleted.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from recap_ds.data.atomic import sync_folder
+from recap_ds.data.index import SHARD_NAME, ShardIndex
+from recap_ds.data.manifest import MANIFEST_NAME, Manifest
+from recap_ds.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Staging:
+    folder: Path
+    work: Path  # same file system as ``folder``, gone at the end
+    manifest: Manifest | None  # None = a new folder
+
+    def next_number(self, source: str) -> int:
+        """Of the first new shard of ``source``."""
+        listed = self.manifest.shards if self.manifest else ()
+        numbers = [int(SHARD_NAME.fullmatch(shard.name)[2]) for shard in listed if shard.source == source]
+        return max(numbers, default=-1) + 1
+
+    def commit(self, manifest: Manifest, new_shards: list[str]) -> None:
+        """Move the new shards in, then put their manifest in force."""
+        manifest.save(self.work)
+        for name in new_shards:
+            os.replace(ShardIndex.path_of(self.work / name), ShardIndex.path_of(self.folder / name))
+            os.replace(self.work / name, self.folder / name)
+        sync_folder(self.folder)
+        manifest.save(self.folder)
+
+
+@contextmanager
+def open_staging(folder: Path) -> Iterator[Staging]:
+    """One writer at a time; a second one is a UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, which also frees the lock
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{folder}: another process is writing shards there; wait for it") from None
+        _take_back(folder)
+        manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
+        _refuse_strays(folder, manifest)
+        work = folder / ".writing"
+        work.mkdir()
+        try:
+            yield Staging(folder, work, manifest)
+        finally:
+            _take_back(folder)
+
+
+def _take_back(folder: Path) -> None:
+    """Remove what an unfinished import moved in, and its work."""
+    work = folder / ".writing"
+    if (work / MANIFEST_NAME).exists():
+        kept = Manifest.load(folder).shards if (folder / MANIFEST_NAME).exists() else ()
+        names = {shard.name for shard in Manifest.load(work).shards} - {shard.name for shard in kept}
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+            ShardIndex.path_of(folder / name).unlink(missing_ok=True)
+    if work.exists():
+        shutil.rmtree(work)
+
+
+def _refuse_strays(folder: Path, manifest: Manifest | None) -> None:
+    """A tar the manifest does not list may be someone's data: neither overwritten nor deleted."""
+    listed = {shard.name for shard in manifest.shards} if manifest else set()
+    strays = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
+    if strays:
+        raise UsageError(
+            f"{folder}: {strays[0]} is not in {MANIFEST_NAME}; list it with 'recap-ds shards index {folder}', "
+            "or move it away"
+        )
