@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from recap_ds.data.lerobot.metadata import Camera
 from recap_ds.data.lerobot.tables import one_line, open_parquet, read_table
@@ -74,7 +74,8 @@ class ParquetFrames:
         try:
             with Image.open(io.BytesIO(encoded)) as image:
                 return np.asarray(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:  # PIL's PNG reader raises SyntaxError
+        # PIL tells damage in all of these ways.
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UsageError(f"frame {frame} is not an image ({one_line(error)}); copy the data set again") from error
 
 

@@ -72,7 +72,7 @@ class _Video:
                 raise UsageError(f"{self._path}: ends before {seconds:.4f} s; copy or re-encode the file")
         if self._held.time > seconds + tolerance_seconds:
             raise UsageError(
-                f"{self._path}: has no frame at {seconds:.4f} s, the nearest is at {self._held.time:.4f} s; "
+                f"{self._path}: has no frame at {seconds:.4f} s, the next is at {self._held.time:.4f} s; "
                 f"re-encode the file at a constant rate"
             )
         return self._held
