@@ -106,7 +106,9 @@ def test_ring_continues_from_its_state():
     ring, resumed = AdvantageRing(3, 16, "cpu"), AdvantageRing(3, 16, "cpu")
     ring.append(*first)
     state = ring.state_dict()
-    ring.append(*second)  # the state is a copy: it must not move with the ring
+    at_save = {name: tensor.clone() for name, tensor in state.items()}
+    ring.append(*second)
+    assert all(torch.equal(state[name], at_save[name]) for name in state)  # a copy: it does not move with the ring
     resumed.load_state_dict(state)
     resumed.append(*second)
     for name, tensor in ring.state_dict().items():
