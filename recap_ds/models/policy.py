@@ -45,8 +45,9 @@ class PiStarRECAPPolicy(nn.Module):
         self.config = config
         # Fixed seed, whatever ran before: a restart, another world size and plain PyTorch begin from the same weights.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.training.seed)
             self.vlm = VisionLanguageModel(model, config.lora, builder, config.training.seed, vlm_folder)
+            # Again: how many numbers the VLM's construction drew differs between plain and sharded.
+            torch.manual_seed(config.training.seed)
             with builder.context():
                 self.action_expert = DiTCrossExpert(model, self.vlm.width, config.max_state_dim, config.max_action_dim)
                 sizes = (model, self.vlm.width, config.max_state_dim, config.chunk_size, config.max_action_dim)

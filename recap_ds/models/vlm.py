@@ -81,6 +81,7 @@ class VisionLanguageModel(nn.Module):
         self.width = vlm_config.text_config.hidden_size
         self.paligemma.requires_grad_(not config.freeze_vlm)
         if lora.enabled:
+            torch.manual_seed(seed)
             add_adapters(self.paligemma, lora)
 
     def enable_activation_checkpointing(self) -> None:
