@@ -110,7 +110,7 @@ def _episode(metadata: DatasetMetadata, options: ImportOptions, rows: EpisodeRow
         human=None if human is None else human[native],
         # A reward between two kept frames belongs to the first of them: none is lost.
         rewards=None if rewards is None else np.add.reduceat(rewards, native),
-        origin=f"{metadata.root.name}, LeRobot v3.0, episode {rows.entry.index}",
+        origin=f"{metadata.root.resolve().name}, LeRobot v3.0, episode {rows.entry.index}",
     )
 
 

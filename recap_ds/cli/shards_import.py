@@ -1,0 +1,203 @@
+"""``recap-ds shards import SRC OUT --source ...``: a LeRobot v3.0 data set becomes tagged shards.
+
+Parses, builds and calls; what an import does stands in ``data/lerobot`` (reading) and ``data/writer.py`` (writing).
+"""
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from recap_ds.batch import OUTCOME_IDS
+from recap_ds.config import SOURCES
+from recap_ds.data.episodes import Episode
+from recap_ds.data.writer import Progress, WriteReport, write_shards
+from recap_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from recap_ds.data.lerobot.metadata import DatasetMetadata
+    from recap_ds.data.lerobot.reader import ImportOptions
+
+# Decoding scales with cores; beyond this the disk is the limit.
+MAX_DEFAULT_JOBS = 16
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "import",
+        help="import a LeRobot v3.0 data set",
+        description="Write the LeRobot v3.0 data set SRC as shards into OUT, a new folder or one with shards already.",
+    )
+    parser.add_argument("src", metavar="SRC", type=Path, help="root of the data set, the folder that holds meta/")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder of shards")
+    parser.add_argument("--source", choices=SOURCES, required=True, help="who produced the data")
+    parser.add_argument("--name", help="data set name in episode names (default: the folder's name)")
+    parser.add_argument(
+        "--labels", type=Path, metavar="CSV", help="outcomes: episode_index and outcome (or success), over the columns"
+    )
+    parser.add_argument(
+        "--state-keys",
+        default="observation.state",
+        metavar="A,B",
+        help="columns of the state, concatenated in this order (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chunk-size",
+        type=_positive,
+        default=10,
+        metavar="H",
+        help="actions per sample and frames to the next observation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-next", action="store_true", help="leave out next observations, for sets that never see IQL"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=_positive,
+        metavar="PIXELS",
+        help="side of the stored square (default: largest stored side)",
+    )
+    parser.add_argument(
+        "--stride", type=_positive, default=1, metavar="K", help="start a sample at every K-th frame only (default: 1)"
+    )
+    parser.add_argument("--fps", type=float, metavar="F", help="resample to this rate, with --absolute-actions only")
+    parser.add_argument(
+        "--absolute-actions", action="store_true", help="actions are targets, not changes: frames may be dropped"
+    )
+    parser.add_argument("--samples-per-shard", type=_positive, default=1024, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--jobs",
+        type=_positive,
+        default=_default_jobs(),
+        metavar="N",
+        help="processes for images (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=_not_negative, default=0, help="of the order of samples (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        # pyarrow and av are an extra: only this verb needs them.
+        from recap_ds.data.lerobot.metadata import load_metadata
+        from recap_ds.data.lerobot.reader import ImportOptions, read_episodes
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("pyarrow", "av"):
+            raise
+        raise UsageError(f"shards import needs the package {error.name}: pip install 'recap_ds[lerobot]'") from None
+    metadata = load_metadata(args.src)
+    options = ImportOptions(
+        source=args.source,
+        name=_dataset_name(args),
+        state_keys=tuple(args.state_keys.split(",")),
+        labels=args.labels,
+        fps=args.fps,
+        absolute_actions=args.absolute_actions,
+    )
+    image_size = args.image_size or max(max(camera.height, camera.width) for camera in metadata.cameras)
+    tally = Tally()
+    with _progress_bars(len(metadata.episodes)) as progress:
+        report = write_shards(
+            args.out,
+            tally.count(read_episodes(metadata, options)),
+            dataset=options.name,
+            action_width=args.chunk_size,
+            td_horizon=args.chunk_size,
+            image_size=image_size,
+            store_next=not args.no_next,
+            stride=args.stride,
+            samples_per_shard=args.samples_per_shard,
+            jobs=args.jobs,
+            seed=args.seed,
+            progress=progress,
+        )
+    for line in _summary(metadata, options, tally, report, image_size, args.out):
+        print(line)
+    return 0
+
+
+@dataclass
+class Tally:
+    """What went by on the way to the writer."""
+
+    num_frames: int = 0
+    num_human_frames: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)
+
+    def count(self, episodes: Iterable[Episode]) -> Iterator[Episode]:
+        for episode in episodes:
+            self.num_frames += episode.num_frames
+            self.num_human_frames += 0 if episode.human is None else int(episode.human.sum())
+            self.outcomes[episode.outcome] += 1
+            self.tasks[episode.task] += 1
+            yield episode
+
+
+def _summary(
+    metadata: "DatasetMetadata",
+    options: "ImportOptions",
+    tally: Tally,
+    report: WriteReport,
+    image_size: int,
+    out: Path,
+) -> Iterator[str]:
+    human = f", {tally.num_human_frames} under human control" if options.source == "intervention" else ""
+    fps = options.fps or metadata.fps
+    yield f"{options.name}: {report.num_episodes} episodes, {tally.num_frames} frames at {fps:g} fps{human}"
+    yield "outcomes: " + ", ".join(f"{tally.outcomes[name]} {name}" for name in OUTCOME_IDS if tally.outcomes[name])
+    yield "tasks: " + ", ".join(f"{task} ({count})" for task, count in sorted(tally.tasks.items()))
+    stored = ", ".join(f"{camera.name} {camera.width}x{camera.height}" for camera in metadata.cameras)
+    yield f"images: {image_size} px squares from {stored}"
+    for key in metadata.left_out_cameras:
+        yield f"left out: {key} (a depth map)"
+    yield f"wrote {report.num_samples} samples in {len(report.new_shards)} shards to {out}"
+
+
+@contextmanager
+def _progress_bars(num_episodes: int) -> Iterator[Progress]:
+    """One bar per phase on stderr; none where stderr is no terminal."""
+    bars: dict[str, tqdm] = {}
+
+    def show(phase: str, done: int, total: int | None) -> None:
+        if phase not in bars:
+            total = num_episodes if phase == "episodes" else total
+            bars[phase] = tqdm(total=total, desc=phase, unit="", disable=None)
+        bars[phase].update(done - bars[phase].n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def _dataset_name(args: argparse.Namespace) -> str:
+    name = args.src.resolve().name if args.name is None else args.name
+    if not name or "/" in name:
+        raise UsageError(f"--name {name!r}: a data set's name is not empty and has no slash")
+    return name
+
+
+def _default_jobs() -> int:
+    return min(len(os.sched_getaffinity(0)), MAX_DEFAULT_JOBS)
+
+
+def _positive(text: str) -> int:
+    return _whole_number(text, minimum=1)
+
+
+def _not_negative(text: str) -> int:
+    return _whole_number(text, minimum=0)
+
+
+def _whole_number(text: str, minimum: int) -> int:
+    if not text.isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+    return int(text)
