@@ -116,7 +116,8 @@ def _episode(metadata: DatasetMetadata, options: ImportOptions, rows: EpisodeRow
 
 def _numbers(metadata: DatasetMetadata, rows: EpisodeRows, key: str, name: str) -> np.ndarray:
     """[T, D] float32 of a feature, finite and as wide as meta/info.json says."""
-    values = rows.columns[key].astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf and is named below
+        values = rows.columns[key].astype(np.float32)
     shape = metadata.features[key].get("shape") or [1]
     if len(shape) != 1 or values.shape[1] != shape[0]:
         raise UsageError(
