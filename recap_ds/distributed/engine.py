@@ -1,7 +1,7 @@
 """One DeepSpeed engine around one container module, and the care ZeRO-3 needs around its step.
 
 The rule: one ``engine(...)`` per ``engine.backward``, and every trainable parameter used in every step. Order at a
-boundary: ``backward, [grad_norms_by_group], engine.step(), zero_stale_gradients(engine), step_was_applied(engine)``.
+boundary: backward, [grad_norms_by_group], ``engine.step()``, zero_stale_gradients, step_was_applied.
 
 Does not know models, losses or learning-rate schedules: the caller sets ``lr`` on ``engine.optimizer.param_groups``.
 """
@@ -66,11 +66,14 @@ def offloads_optimizer(engine: DeepSpeedEngine) -> bool:
 
 @torch.no_grad()
 def zero_stale_gradients(engine: DeepSpeedEngine) -> None:
-    """Forget the gradients of the step that just ended, applied or skipped.
+    """After every ``engine.step()``: forget the gradients of a step that ended, applied or skipped.
 
-    ZeRO-3 re-applies the last gradient of any parameter that gets none in a later step, and a NaN kept there makes it
-    skip every step from then on (deepspeed 0.19.8, ``independent_gradient_partition_epilogue``). Local and cheap.
+    Does nothing within gradient accumulation, where they are still needed. ZeRO-3 re-applies the last gradient of any
+    parameter that gets none in a later step, and a NaN kept there makes it skip every step from then on (deepspeed
+    0.19.8, ``independent_gradient_partition_epilogue``). Local and cheap.
     """
+    if engine.micro_steps % engine.gradient_accumulation_steps():
+        return
     optimizer = engine.optimizer
     if zero_stage(engine) == 3:
         optimizer.grad_partitions_flat_buffer.zero_()

@@ -75,7 +75,10 @@ def read_tile(param: Parameter, key: Key) -> Tensor:
     The same numbers as DeepSpeed's ``safe_get_local_*`` without their copy to the device, less the padding.
     """
     if not param_is_sharded(param):
-        return param._hp_mapping.get_hp_fragment(None if key == "fp32" else key).detach()
+        mapping = param._hp_mapping
+        if mapping is None:  # all of it lies in other ranks' parts
+            return torch.empty(0, dtype=torch.float32, device=param.device)
+        return mapping.get_hp_fragment(None if key == "fp32" else key).detach()
     optimizer = param._z3_optimizer
     flat_index, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
     flat = optimizer.fp32_partitioned_groups_flat[flat_index]

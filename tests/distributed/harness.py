@@ -1,0 +1,93 @@
+"""Real processes for tests of collectives: one rank each, gloo on CPU, JSON results.
+
+A worker is a module with ``if __name__ == "__main__": worker_main(scenarios)``. Starting a process group costs ten
+seconds, so a worker packs many scenarios into one launch; a test then looks at the numbers.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULT_VARIABLE = "RECAP_DS_TEST_RESULT"
+TIMEOUT_VARIABLE = "RECAP_DS_TEST_TIMEOUT_SECONDS"
+
+
+def run_ranks(worker: str, world: int, *args: str, timeout_seconds: float = 240.0) -> list[dict[str, Any]]:
+    """Run ``python -m tests.distributed.<worker> *args`` on ``world`` ranks; every rank's result, in rank order.
+
+    Fails with the output of every rank as soon as one of them fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [_start_rank(worker, args, rank, world, Path(folder), timeout_seconds) for rank in range(world)]
+        _wait(ranks, time.monotonic() + timeout_seconds)
+        if any(process.returncode for process in ranks):
+            outputs = (f"--- rank {r}\n{(Path(folder) / f'{r}.log').read_text()[-8000:]}" for r in range(world))
+            codes = [process.returncode for process in ranks]
+            raise AssertionError("\n".join((f"{worker} on {world} ranks: exit codes {codes}", *outputs)))
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def _start_rank(
+    worker: str, args: tuple[str, ...], rank: int, world: int, folder: Path, timeout_seconds: float
+) -> subprocess.Popen:
+    if rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            (folder / "port").write_text(str(probe.getsockname()[1]))
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": (folder / "port").read_text(),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        RESULT_VARIABLE: str(folder / f"{rank}.json"),
+        # Before the parent gives up, so that its report holds every rank's stack.
+        TIMEOUT_VARIABLE: str(max(1.0, timeout_seconds - 10.0)),
+    }
+    with (folder / f"{rank}.log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"tests.distributed.{worker}", *args],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _wait(ranks: list[subprocess.Popen], deadline: float) -> None:
+    """Until all end; where one fails or time is up, the others would wait for ever and are killed."""
+    try:
+        while any(process.poll() is None for process in ranks):
+            if any(process.returncode for process in ranks) or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def worker_main(scenarios: Callable[..., dict[str, Any]]) -> None:
+    """In the worker: join the group, run ``scenarios(runtime, *argv)``, report what it returns."""
+    faulthandler.dump_traceback_later(float(os.environ[TIMEOUT_VARIABLE]), exit=True)
+    from recap_ds.distributed.runtime import read_rank_info, start_runtime, stop_runtime
+
+    runtime = start_runtime(read_rank_info(), timeout_seconds=120)
+    result = scenarios(runtime, *sys.argv[1:])
+    runtime.barrier()
+    stop_runtime()
+    Path(os.environ[RESULT_VARIABLE]).write_text(json.dumps(result))
