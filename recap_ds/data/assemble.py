@@ -1,0 +1,169 @@
+"""Samples and their draws -> TransitionBatch: what the index says of each row becomes masks, TD windows and returns.
+
+Training and held-out evaluation both end here. All rows of a batch are computed together; nothing is random.
+
+    B rows   N samples of the set   H chunk_size   A max_action_dim   F flow draws   L max_prompt_tokens
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recap_ds.algo.returns import ReturnRule, TaskScale, TdWindow, monte_carlo_return, td_window
+from recap_ds.batch import Observation, TransitionBatch
+from recap_ds.config import PiStarRECAPConfig
+from recap_ds.data.normalize import Normalizer
+from recap_ds.data.sample import SampleArrays, SampleDecoder, View
+from recap_ds.data.shard_set import ShardSet
+from recap_ds.data.tokens import Tokenizer, encode_prompts
+from recap_ds.errors import UsageError
+
+
+class BatchDraws(NamedTuple):
+    slot: np.ndarray  # [B] int64
+    noise: np.ndarray  # [B, F, H, A] float32
+    time: np.ndarray  # [B, F] float32 in (0, 1], 1 = noise
+    indicator_dropped: np.ndarray  # [B] bool
+    augmentation: np.ndarray  # [B, NUM_AUGMENTATION_DRAWS] float32
+
+
+class Assembler:
+    """Reads samples of one shard set and stacks them as one config wants them. Picklable: workers hold a copy."""
+
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        config: PiStarRECAPConfig,
+        tokenizer: Tokenizer,
+        normalizer: Normalizer,
+        scale: TaskScale,
+    ):
+        self.shard_set = shard_set
+        self._decoder = SampleDecoder(shard_set.manifest, config, normalizer)
+        self._scale = scale
+        self._rule = ReturnRule(config.value.reward, config.frame_discount, config.value.timeout_is)
+        self._chunk_size = config.chunk_size
+        dims = torch.arange(config.max_action_dim)
+        self._action_dim_mask = dims < shard_set.manifest.action_dim  # [A]
+        prompts = [task.prompt for task in shard_set.manifest.tasks.values()]
+        # [num_tasks, L] each: a prompt that does not fit ends the run here, not in the middle of an epoch.
+        self._tokens, self._token_mask = map(
+            torch.from_numpy, encode_prompts(tokenizer, prompts, config.model.max_prompt_tokens)
+        )
+        self._needs_next = self._find_next_observations()  # [N] bool
+
+    def read(self, sample: int) -> SampleArrays:
+        """Raises DamagedSample."""
+        return self._decoder.read(self.shard_set, sample, bool(self._needs_next[sample]))
+
+    def blank(self) -> SampleArrays:
+        return self._decoder.blank()
+
+    def stack(
+        self,
+        samples: np.ndarray,
+        arrays: Sequence[SampleArrays],
+        draws: BatchDraws,
+        sample_valid: np.ndarray,
+        replaced: np.ndarray,
+    ) -> TransitionBatch:
+        """``samples`` [B] ids, ``arrays`` what ``read`` gave for each; rows not ``sample_valid`` take no part."""
+        table = self.shard_set.table
+        task = self._column(table.task, samples)
+        outcome, steps_to_end = self._column(table.outcome, samples), self._steps_to_end(samples)
+        valid = torch.from_numpy(sample_valid)
+        rewards = torch.from_numpy(np.stack([row.rewards for row in arrays]))
+        window = self._td_window(samples, self._rule, rewards)
+        td_valid = window.valid & valid
+        mc_return, mc_valid = monte_carlo_return(
+            steps_to_end,
+            outcome,
+            timeout_is=self._rule.timeout_is,
+            failure_cost=self._scale.failure_cost[task],
+            normaliser=self._scale.normaliser[task],
+        )
+        frames = torch.arange(self._chunk_size)
+        return TransitionBatch(
+            observation=self._observation([row.view for row in arrays], task),
+            actions=torch.from_numpy(np.stack([row.actions for row in arrays])),
+            action_valid=(frames < self._column(table.num_valid, samples)[:, None]) & valid[:, None],
+            action_dim_mask=self._action_dim_mask.expand(len(samples), -1).contiguous(),
+            next_observation=self._observation([row.next_view for row in arrays], task),
+            td_valid=td_valid,
+            td_action_valid=(frames < window.steps[:, None]) & td_valid[:, None],
+            chunk_reward=window.chunk_reward,
+            chunk_discount=window.chunk_discount,
+            continues=window.continues,
+            mc_return=mc_return,
+            # What the rest of the episode would have paid is not stored: only sparse rewards follow from its length.
+            mc_valid=mc_valid & valid & (self._rule.reward == "sparse_time"),
+            task=task,
+            source=self._column(table.source, samples),
+            control=self._column(table.control, samples),
+            outcome=outcome,
+            steps_to_end=steps_to_end,
+            sample_valid=valid,
+            replaced=torch.from_numpy(replaced),
+            slot=torch.from_numpy(draws.slot),
+            noise=torch.from_numpy(draws.noise),
+            time=torch.from_numpy(draws.time),
+            indicator_dropped=torch.from_numpy(draws.indicator_dropped),
+            augmentation=torch.from_numpy(draws.augmentation),
+        )
+
+    def _observation(self, views: Sequence[View], task: Tensor) -> Observation:
+        return Observation(
+            images=torch.from_numpy(np.stack([view.images for view in views])),
+            camera_mask=torch.from_numpy(np.stack([view.camera_mask for view in views])),
+            # The prompt stays where there is no next observation: attention over nothing at all would be NaN.
+            tokens=self._tokens[task],
+            token_mask=self._token_mask[task],
+            state=torch.from_numpy(np.stack([view.state for view in views])),
+        )
+
+    def _steps_to_end(self, samples: np.ndarray) -> Tensor:
+        table = self.shard_set.table
+        return self._column(table.episode_length, samples) - 1 - self._column(table.frame, samples)
+
+    def _td_window(self, samples: np.ndarray, rule: ReturnRule, rewards: Tensor | None) -> TdWindow:
+        table = self.shard_set.table
+        task = self._column(table.task, samples)
+        return td_window(
+            self._steps_to_end(samples),
+            self._column(table.num_valid, samples),
+            self._column(table.outcome, samples),
+            td_horizon=self.shard_set.manifest.td_horizon,
+            rule=rule,
+            failure_cost=self._scale.failure_cost[task],
+            normaliser=self._scale.normaliser[task],
+            rewards=rewards,
+        )
+
+    def _find_next_observations(self) -> np.ndarray:
+        """[N] bool, True = the TD target reads the next observation; checks that the one stored is the one it means."""
+        shard_set = self.shard_set
+        # Which reward is paid changes nothing about the window itself, and rewards are not read yet.
+        rule = self._rule._replace(reward="sparse_time")
+        # In parts, not at once: the window's arithmetic takes td_horizon float64 numbers per sample.
+        parts = [
+            self._td_window(np.arange(first, min(first + 2**16, shard_set.num_samples)), rule, None)
+            for first in range(0, shard_set.num_samples, 2**16)
+        ]
+        steps = torch.cat([part.steps for part in parts]).numpy()
+        needs_next = torch.cat([part.valid & (part.continues > 0) for part in parts]).numpy()
+        wrong = np.flatnonzero(needs_next & (steps != shard_set.table.next_offset))
+        if len(wrong):
+            found = shard_set.damaged(int(wrong[0]), f"next_offset is {shard_set.table.next_offset[wrong[0]]}")
+            horizon = shard_set.manifest.td_horizon
+            raise UsageError(
+                f"{shard_set.folder}: {len(wrong)} samples store another next observation than a TD window of "
+                f"{horizon} frames needs (first: {found}, not {steps[wrong[0]]}); import the data again"
+            )
+        return needs_next
+
+    @staticmethod
+    def _column(values: np.ndarray, samples: np.ndarray) -> Tensor:
+        return torch.from_numpy(values[samples].astype(np.int64))

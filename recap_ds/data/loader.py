@@ -1,0 +1,167 @@
+"""Slots -> batches: the training data set and the DataLoader that prefetches it.
+
+Step n takes the next ``sizes.total`` slots, rank r its slice of them, micro-batch by micro-batch; what a slot holds is
+decided by ``order.py`` alone. So the stream is the same for every world size, accumulation and worker count, and a
+start at any slot is O(1). A damaged sample is replaced by another of its source, by (seed, slot, attempt), flagged and
+logged; how many are too many is the training loop's decision.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from recap_ds.algo.flow_matching import flow_time
+from recap_ds.algo.returns import TaskScale
+from recap_ds.batch import TransitionBatch
+from recap_ds.config import BatchSizes, PiStarRECAPConfig
+from recap_ds.data.assemble import Assembler, BatchDraws
+from recap_ds.data.draws import training_draws
+from recap_ds.data.normalize import Normalizer
+from recap_ds.data.order import SampleOrder
+from recap_ds.data.sample import SampleArrays
+from recap_ds.data.shard_set import DamagedSample, ShardSet
+from recap_ds.data.tokens import Tokenizer
+from recap_ds.data.workers import worker_options
+from recap_ds.errors import UsageError
+
+# Replacements tried for one slot. With one sample in ten damaged, all fail once in 10^16 slots.
+MAX_ATTEMPTS = 16
+
+
+class TransitionDataset(Dataset):
+    """Map-style over slots; a whole micro-batch at a time. Picklable."""
+
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        config: PiStarRECAPConfig,
+        tokenizer: Tokenizer,
+        normalizer: Normalizer,
+        scale: TaskScale,
+        damage_log: Path | None = None,
+    ):
+        """``damage_log``: one JSON line per damaged sample met is appended to it, by every process."""
+        self.assembler = Assembler(shard_set, config, tokenizer, normalizer, scale)
+        self.order = SampleOrder(
+            shard_set.training_samples(config.data.held_out_fraction),
+            config.data.mixture,
+            config.training.seed,
+            config.data.shuffle_shards,
+        )
+        self._damage_log = damage_log
+        self._seed = config.training.seed
+        self._draw_shape = (config.model.flow_samples, config.chunk_size, config.max_action_dim)
+        self._indicator_dropout = config.recap.indicator_dropout
+
+    def __getitems__(self, slots: list[int]) -> TransitionBatch | UsageError:
+        """The micro-batch of ``slots``. An error is returned, not raised: crossing processes would garble its line."""
+        try:
+            return self.batch(np.asarray(slots, np.int64))
+        except UsageError as error:
+            return error
+
+    def batch(self, slots: np.ndarray) -> TransitionBatch:
+        sources, samples = self.order.samples(slots)
+        arrays, replaced = [], np.zeros(len(slots), bool)
+        for row, slot in enumerate(slots):
+            wanted = int(samples[row])
+            samples[row], read = self._read(int(slot), int(sources[row]), wanted)
+            replaced[row] = samples[row] != wanted
+            arrays.append(read)
+        return self.assembler.stack(samples, arrays, self._draws(slots), np.ones(len(slots), bool), replaced)
+
+    def _draws(self, slots: np.ndarray) -> BatchDraws:
+        rows = [training_draws(self._seed, int(slot), self._draw_shape, self._indicator_dropout) for slot in slots]
+        noise, uniform, dropped, augmentation = (np.stack(column) for column in zip(*rows, strict=True))
+        time = flow_time(torch.from_numpy(uniform)).float().numpy()
+        return BatchDraws(slots, noise, time, dropped, augmentation)
+
+    def _read(self, slot: int, source: int, sample: int) -> tuple[int, SampleArrays]:
+        for attempt in range(MAX_ATTEMPTS + 1):
+            try:
+                return sample, self.assembler.read(sample)
+            except DamagedSample as damage:
+                log_damage(self._damage_log, damage, slot)
+                last = damage
+            sample = self.order.replacement(source, slot, attempt)
+        folder = self.assembler.shard_set.folder
+        raise UsageError(
+            f"data.shards: no sound sample was found for slot {slot} in {MAX_ATTEMPTS + 1} tries (last: {last}); see "
+            f"'recap-ds shards verify {folder}'"
+        )
+
+
+def log_damage(path: Path | None, damage: DamagedSample, slot: int) -> None:
+    if path is None:
+        return
+    line = json.dumps({"shard": damage.shard, "key": damage.key, "what": damage.what, "slot": slot}) + "\n"
+    # One write to a file opened for appending: lines of several processes do not mix.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+class SlotBatches:
+    """Batch sampler: the slots of each micro-batch of one rank, for ``num_steps`` optimizer steps."""
+
+    def __init__(self, start_slot: int, num_steps: int, sizes: BatchSizes, rank: int):
+        assert 0 <= rank < sizes.world, (rank, sizes)
+        self._start_slot = start_slot
+        self._num_steps = num_steps
+        self._sizes = sizes
+        self._rank = rank
+
+    def __len__(self) -> int:
+        return self._num_steps * self._sizes.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        sizes = self._sizes
+        for step in range(self._num_steps):
+            first = self._start_slot + step * sizes.total + self._rank * sizes.micro * sizes.accumulation
+            for micro in range(sizes.accumulation):
+                yield list(range(first + micro * sizes.micro, first + (micro + 1) * sizes.micro))
+
+
+class BatchLoader(DataLoader):
+    """A DataLoader of TransitionBatch that raises a worker's UsageError as the one line it is."""
+
+    def __iter__(self) -> Iterator[TransitionBatch]:
+        for item in super().__iter__():
+            if isinstance(item, UsageError):
+                raise item
+            yield item
+
+
+def build_train_loader(
+    dataset: TransitionDataset,
+    config: PiStarRECAPConfig,
+    sizes: BatchSizes,
+    rank: int,
+    *,
+    start_slot: int,
+    num_steps: int,
+    pin_memory: bool,
+) -> BatchLoader:
+    """``num_steps * sizes.accumulation`` micro-batches of rank ``rank``, from ``start_slot`` on.
+
+    ``pin_memory``: an accelerator will copy the batches. Iterate it once; build another to go elsewhere.
+    """
+    options = worker_options(config.data) if config.data.num_workers else {}
+    return BatchLoader(
+        dataset,
+        batch_sampler=SlotBatches(start_slot, num_steps, sizes, rank),
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        **options,
+    )
+
+
+def _as_it_is(batch: TransitionBatch) -> TransitionBatch:
+    return batch
