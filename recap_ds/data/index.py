@@ -122,8 +122,9 @@ class ShardIndex:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UsageError(f"{path}: damaged ({error}); {mend}") from None
         rows = [getattr(index, field.name) for field in fields(cls) if field.name not in _TABLE_FIELDS]
-        if {len(column) for column in rows} != {index.num_samples}:
-            raise UsageError(f"{path}: damaged (its arrays disagree in length); {mend}")
+        table = (index.num_samples, len(index.suffixes))
+        if {len(column) for column in rows} != {table[0]} or {index.offsets.shape, index.sizes.shape} != {table}:
+            raise UsageError(f"{path}: damaged (its arrays disagree in shape); {mend}")
         return index
 
 
@@ -177,11 +178,16 @@ def build_index(tar_path: str | Path) -> ShardIndex:
     """One pass over a plain tar. UsageError, naming the member, for anything that does not conform."""
     builder = IndexBuilder()
     for key, record, members, places in read_samples(tar_path):
-        crc = 0
-        for suffix in sorted(members):
-            crc = zlib.crc32(members[suffix], crc)
-        builder.add(key, record, places, crc)
+        builder.add(key, record, places, members_crc(members))
     return builder.build()
+
+
+def members_crc(members: dict[str, bytes]) -> int:
+    """crc32 over all members' bytes, suffixes sorted."""
+    crc = 0
+    for suffix in sorted(members):
+        crc = zlib.crc32(members[suffix], crc)
+    return crc
 
 
 def read_samples(tar_path: str | Path) -> Iterator[tuple[str, SampleRecord, dict[str, bytes], dict]]:

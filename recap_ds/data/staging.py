@@ -43,7 +43,21 @@ class Staging:
 
 @contextmanager
 def open_staging(folder: Path) -> Iterator[Staging]:
-    """One writer at a time; a second one is a UsageError."""
+    """A place to make new shards in; only ``commit`` lets them stay."""
+    with locked(folder):
+        manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
+        _refuse_strays(folder, manifest)
+        work = folder / ".writing"
+        work.mkdir()
+        try:
+            yield Staging(folder, work, manifest)
+        finally:
+            _take_back(folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One writer at a time; a second one is a UsageError. What an interrupted import left is gone on entry."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, which also frees the lock
@@ -55,14 +69,7 @@ def open_staging(folder: Path) -> Iterator[Staging]:
         except BlockingIOError:
             raise UsageError(f"{folder}: another process is writing shards there; wait for it") from None
         _take_back(folder)
-        manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
-        _refuse_strays(folder, manifest)
-        work = folder / ".writing"
-        work.mkdir()
-        try:
-            yield Staging(folder, work, manifest)
-        finally:
-            _take_back(folder)
+        yield
 
 
 def _take_back(folder: Path) -> None:

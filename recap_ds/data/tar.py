@@ -2,21 +2,45 @@
 
 import hashlib
 import io
+import math
 import os
 import tarfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from recap_ds.data.index import IndexBuilder, SampleRecord, ShardIndex
+from recap_ds.data.index import IndexBuilder, SampleRecord, ShardIndex, members_crc
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, allow_pickle=False)
     return buffer.getvalue()
+
+
+def npy_array(data: bytes) -> np.ndarray:
+    """The other way. ValueError for anything but one whole plain array; never unpickles, never trusts a size."""
+    buffer = io.BytesIO(data)
+    version = np.lib.format.read_magic(buffer)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"npy version {version} is not read here")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(buffer)
+    if dtype.hasobject:
+        raise ValueError("an object array would need pickle")
+    if math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():
+        raise ValueError(f"{len(data) - buffer.tell()} bytes of data for shape {list(shape)} of {dtype}")
+    flat = np.frombuffer(data, dtype=dtype, offset=buffer.tell())
+    return flat.reshape(shape, order="F" if fortran_order else "C")
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -44,7 +68,7 @@ class TarWriter:
     def add(self, key: str, record: SampleRecord, members: dict[str, bytes]) -> None:
         """``members``: suffix -> bytes, without the record, which becomes ``<key>.json``."""
         members = {**members, "json": record.model_dump_json().encode()}
-        places, crc = {}, 0
+        places = {}
         for suffix in sorted(members):
             data = members[suffix]
             header = tarfile.TarInfo(f"{key}.{suffix}")
@@ -53,8 +77,7 @@ class TarWriter:
             places[suffix] = (self._position, len(data))
             self._write(data)
             self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-            crc = zlib.crc32(data, crc)
-        self._builder.add(key, record, places, crc)
+        self._builder.add(key, record, places, members_crc(members))
 
     def finish(self) -> WrittenTar:
         """End the archive and flush it to the disk."""

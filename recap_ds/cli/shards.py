@@ -1,0 +1,98 @@
+"""``recap-ds shards make | import | index | show | verify``: build, index, look into and check shard folders."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from recap_ds.cli import shards_import
+from recap_ds.errors import UsageError
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("shards", help="build, import, index, show and verify shard folders")
+    verbs = parser.add_subparsers(dest="shards_verb", required=True, metavar="VERB")
+
+    make = verbs.add_parser("make", help="write a small shard folder of the built-in reach task")
+    make.add_argument("out", type=Path, metavar="OUT")
+    make.add_argument("--episodes", type=_count, default=24, help="demo and auto episodes each; half as many corrected")
+    make.add_argument("--seed", type=_seed, default=0)
+    make.add_argument("--chunk-size", type=_count, default=10, help="frames of action per sample, and of the TD window")
+    make.set_defaults(run=run_make)
+
+    shards_import.add_parser(verbs)
+
+    index = verbs.add_parser("index", help="rebuild indices and manifest of tars that are there")
+    index.add_argument("folder", type=Path, metavar="FOLDER")
+    index.add_argument("--jobs", type=_count, default=1)
+    index.set_defaults(run=run_index)
+
+    show = verbs.add_parser("show", help="counts, outcomes and statistics; pictures with --out")
+    show.add_argument("folder", type=Path, metavar="FOLDER")
+    show.add_argument("--out", type=Path, metavar="PNG", help="also write a contact sheet")
+    show.set_defaults(run=run_show)
+
+    verify = verbs.add_parser("verify", help="read every byte; exit 1 with a line per fault")
+    verify.add_argument("folder", type=Path, metavar="FOLDER")
+    verify.add_argument("--jobs", type=_count, default=1)
+    verify.set_defaults(run=run_verify)
+
+
+# The rooms are imported by the verb that needs them, so that --help stays quick.
+def run_make(args: argparse.Namespace) -> int:
+    from recap_ds.envs.scripted import write_reach_shards
+
+    manifest = write_reach_shards(
+        args.out,
+        num_demo=args.episodes,
+        num_auto=args.episodes,
+        num_intervention=max(1, args.episodes // 2),
+        seed=args.seed,
+        chunk_size=args.chunk_size,
+    )
+    print(f"{args.out}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    return 0
+
+
+def run_index(args: argparse.Namespace) -> int:
+    from recap_ds.data.rebuild import rebuild
+
+    manifest = rebuild(args.folder, jobs=args.jobs)
+    print(f"{args.folder}: indexed {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    return 0
+
+
+def run_show(args: argparse.Namespace) -> int:
+    from recap_ds.data.show import contact_sheet, describe
+
+    print(describe(args.folder))
+    if args.out is not None:
+        try:
+            contact_sheet(args.folder).save(args.out, format="PNG")
+        except OSError as error:
+            raise UsageError(f"--out {args.out}: cannot be written ({error.strerror})") from None
+        print(f"\n{args.out}: contact sheet")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from recap_ds.data.verify import verify_shards
+
+    findings = verify_shards(args.folder, jobs=args.jobs)
+    for finding in findings:
+        print(finding, file=sys.stderr)
+    print(f"{args.folder}: {f'{len(findings)} faults' if findings else 'sound'}")
+    return 1 if findings else 0
+
+
+def _count(text: str) -> int:
+    return _whole_number(text, at_least=1)
+
+
+def _seed(text: str) -> int:
+    return _whole_number(text, at_least=0)
+
+
+def _whole_number(text: str, at_least: int) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) < at_least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {at_least}")
+    return int(text)
