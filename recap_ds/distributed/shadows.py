@@ -33,12 +33,8 @@ class Shadow:
         self._targets = None if targets is None else {name: targets[name] for name in online}
         for name, target in (self._targets or {}).items():
             assert not target.requires_grad and _whole_shape(target) == _whole_shape(online[name]), name
-        # Only parameters this rank has a piece of. Beside the masters, so on the host where those are offloaded.
-        self._values: dict[str, Tensor] = {
-            name: torch.empty(local_span(param)[1], dtype=torch.float32, device=read_tile(param, "fp32").device)
-            for name, param in online.items()
-            if local_span(param)[1]
-        }
+        # Beside the masters, so on the host where those are offloaded. Every rank has every name: a piece may be empty.
+        self._values = {name: torch.empty_like(read_tile(param, "fp32")) for name, param in online.items()}
         self.copy_from_online()
 
     @torch.no_grad()
@@ -103,9 +99,8 @@ class Shadow:
         whole = torch.zeros(sum(params[name].numel() for name in names), dtype=first.dtype, device=first.device)
         pieces = dict(zip(names, whole.split([params[name].numel() for name in names]), strict=True))
         for name in names:
-            if name in self._values:
-                start, length = local_span(self._online[name])
-                pieces[name][start : start + length].copy_(self._values[name])
+            start, length = local_span(self._online[name])
+            pieces[name][start : start + length].copy_(self._values[name])
         summed = sum_over_ranks(whole).split([params[name].numel() for name in names])
         for name, values in zip(names, summed, strict=True):
             write_local_shard(params[name], values)

@@ -31,15 +31,16 @@ class Tile(NamedTuple):
 
 
 def local_tiles(engine: DeepSpeedEngine) -> list[Tile]:
-    """What this rank owns of every trainable parameter, in the model's order; where it owns nothing, no tile."""
+    """What this rank owns of every trainable parameter, in the model's order: the same names on every rank.
+
+    A tile may be empty: the last rank's part of a small parameter.
+    """
     group_names = _group_names(engine)
-    tiles = []
-    for name, param in engine.module.named_parameters():
-        if param.requires_grad:
-            start, length = local_span(param)
-            if length:
-                tiles.append(Tile(name, start, length, group_names[param]))
-    return tiles
+    return [
+        Tile(name, *local_span(param), group_names[param])
+        for name, param in engine.module.named_parameters()
+        if param.requires_grad
+    ]
 
 
 def _group_names(engine: DeepSpeedEngine) -> dict[Parameter, str]:
@@ -88,10 +89,7 @@ def read_tile(param: Parameter, key: Key) -> Tensor:
 
 @torch.no_grad()
 def write_tile(param: Parameter, key: Key, values: Tensor) -> None:
-    """Set this rank's tile from [length] values.
-
-    Under ZeRO-2 the weights the forward uses follow only with ``refresh_forward_copies``.
-    """
+    """Set this rank's tile from [length] values. After the last fp32 tile call ``refresh_forward_copies``."""
     tile = read_tile(param, key)
     assert values.shape == tile.shape, (values.shape, tile.shape)
     tile.copy_(values)
@@ -100,9 +98,12 @@ def write_tile(param: Parameter, key: Key, values: Tensor) -> None:
 
 
 def refresh_forward_copies(engine: DeepSpeedEngine) -> None:
-    """After writing fp32 tiles: give every rank the new weights. Collective: every rank must call."""
+    """Make the forward use the fp32 tiles just written. Collective: every rank must call."""
     if zero_stage(engine) != 3:
         engine.optimizer.update_lp_params()
+        return
+    for param in engine.module.parameters():
+        _drop_gathered_copies(param)  # also of parameters that only other ranks wrote
 
 
 @torch.no_grad()
@@ -156,14 +157,20 @@ def local_shard(param: Parameter) -> Tensor:
 def write_local_shard(param: Parameter, values: Tensor) -> None:
     """Set what ``local_shard`` reads; the next forward uses it. The only place that writes shards.
 
-    Two copies of a shard can outlive it and would hide the write: small parameters stay gathered, and with hpZ a frozen
-    parameter keeps a secondary shard for ever. Both are dropped here. Only between a step and the next forward.
+    Only between a step and the next forward. Needs no communication, yet every rank must write the same parameters,
+    even where its own piece is empty: ranks that disagree on what is gathered hang in the next forward.
     """
     if param_is_sharded(param):
-        if param.ds_status is ZeroParamStatus.AVAILABLE:
-            param.partition()
-        assert param.ds_status is ZeroParamStatus.NOT_AVAILABLE, "a gather of this parameter is under way"
-        param.ds_secondary_tensor = None
+        _drop_gathered_copies(param)
     target = local_shard(param)
     assert values.shape == target.shape, (values.shape, target.shape)
     target.copy_(values)
+
+
+def _drop_gathered_copies(param: Parameter) -> None:
+    """Two copies of a shard can outlive a step and would hide a write to it: small parameters stay gathered, and with
+    hpZ a frozen parameter keeps its secondary shard for ever."""
+    if param.ds_status is ZeroParamStatus.AVAILABLE:
+        param.partition()
+    assert param.ds_status is ZeroParamStatus.NOT_AVAILABLE, "a gather of this parameter is under way"
+    param.ds_secondary_tensor = None
