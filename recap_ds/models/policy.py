@@ -157,7 +157,9 @@ class PiStarRECAPPolicy(nn.Module):
             indicator = torch.full_like(batch.task, INDICATOR_IDS["none"])
         else:
             forced = forced_positive(batch.source, recap.demos)
-            indicator = choose_indicator(advantage, batch.task, forced, batch.indicator_dropped, scale, warming_up)
+            # k = 0: Q was never asked about this chunk, so its advantage says nothing.
+            unknown = ~batch.td_valid | warming_up
+            indicator = choose_indicator(advantage, batch.task, forced, batch.indicator_dropped, scale, unknown)
         if recap.policy_extraction == "conditioned":
             return indicator, source_weight
         sigma = scale.sigma[batch.task]
