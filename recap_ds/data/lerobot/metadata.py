@@ -102,6 +102,8 @@ def _read_info(path: Path) -> dict[str, Any]:
     for key, kind in (("fps", (int, float)), ("features", dict), ("data_path", str)):
         if not isinstance(info.get(key), kind):
             raise UsageError(f"{path}: {key} is missing or of the wrong type; copy the file again")
+    if not all(isinstance(feature, dict) for feature in info["features"].values()):
+        raise UsageError(f"{path}: features must map names to objects with dtype and shape; copy the file again")
     if not info["fps"] > 0:
         raise UsageError(f"{path}: fps is {info['fps']}, it must be above 0")
     return info
@@ -143,7 +145,8 @@ def _image_sides(key: str, feature: dict[str, Any], info_path: Path) -> tuple[in
     shape, names = feature.get("shape") or [], feature.get("names") or []
     if len(shape) != 3 or 3 not in (shape[0], shape[2]):
         raise UsageError(f"{info_path}: {key} has shape {shape}; a camera is [height, width, 3] or [3, height, width]")
-    channels_first = str(names[0]).startswith("channel") if len(names) == 3 else shape[2] != 3
+    named = isinstance(names, list) and len(names) == 3
+    channels_first = str(names[0]).startswith("channel") if named else shape[2] != 3
     return (shape[1], shape[2]) if channels_first else (shape[0], shape[1])
 
 

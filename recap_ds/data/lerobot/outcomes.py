@@ -14,7 +14,7 @@ from recap_ds.batch import OUTCOME_IDS
 from recap_ds.config import SourceName
 from recap_ds.data.lerobot.metadata import DatasetMetadata
 from recap_ds.data.lerobot.rows import read_rows
-from recap_ds.data.lerobot.tables import as_flags
+from recap_ds.data.lerobot.tables import as_flags, one_line
 from recap_ds.errors import UsageError
 
 SUCCESS_COLUMN = "next.success"
@@ -88,8 +88,8 @@ def read_labels(path: Path, episodes: set[int]) -> dict[int, str]:
                 if index in labels:
                     raise UsageError(f"{where}: episode {index} is labelled twice")
                 labels[index] = outcome
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot read the labels ({error})") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path}: cannot read the labels ({one_line(error)})") from error
     return labels
 
 

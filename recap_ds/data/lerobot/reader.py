@@ -1,7 +1,7 @@
 """LeRobot v3.0 data sets as ``Episode`` objects, one at a time.
 
-``read_episodes`` first settles what would fail late (columns, outcomes, rates), then yields lazily: the numbers of one
-data file are in memory, images are read by the shard writer through ``Episode.read_frames``. T = frames of an episode.
+``read_episodes`` first checks every number and outcome, then yields lazily: the numbers of one data file are in memory,
+images are read by the shard writer through ``Episode.read_frames``. T = frames of an episode.
 """
 
 from collections.abc import Iterator
@@ -37,6 +37,9 @@ def read_episodes(metadata: DatasetMetadata, options: ImportOptions) -> Iterator
     _check_rate(metadata, options)
     _check_features(metadata, options)
     outcomes = read_outcomes(metadata, options.source, options.labels)
+    # Numbers are cheap next to pictures: an hour of decoding shall not end at a NaN in the last episode.
+    for _ in _episodes(metadata, options, outcomes):
+        pass
     return _episodes(metadata, options, outcomes)
 
 

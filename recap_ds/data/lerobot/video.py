@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import av
 import numpy as np
 
-from recap_ds.data.lerobot.tables import one_line
 from recap_ds.errors import UsageError
 
 # Up to about here decoding on is cheaper than a seek: LeRobot writes a keyframe every other frame, others one every few
@@ -21,7 +20,7 @@ SEEK_AHEAD_SECONDS = 1.0
 # Containers index keyframes by decoding time, which with B-frames runs before the time shown: a seek may land past its
 # target. Then it is tried again from further back, at last from the start.
 SEEK_MARGINS_SECONDS = (0.0, 1.0, 10.0, float("inf"))
-NUM_OPEN_VIDEOS = 8
+NUM_OPEN_VIDEOS = 16
 
 
 def read_video_frames(path: str, seconds: list[float], tolerance_seconds: float, sides: tuple[int, int]) -> np.ndarray:
@@ -40,7 +39,7 @@ def read_video_frames(path: str, seconds: list[float], tolerance_seconds: float,
                 )
             frames[row] = frame.to_ndarray(format="rgb24")
     except av.FFmpegError as error:
-        raise UsageError(f"{path}: not decodable ({one_line(error)}); copy or re-encode the file") from error
+        raise UsageError(f"{path}: not decodable ({error.strerror}); copy or re-encode the file") from error
     return frames
 
 
@@ -80,7 +79,7 @@ class _Video:
     def _seek(self, seconds: float, tolerance_seconds: float) -> None:
         for margin_seconds in SEEK_MARGINS_SECONDS:
             start_seconds = max(seconds - margin_seconds, 0.0)
-            self._container.seek(int(start_seconds / self._stream.time_base), stream=self._stream)
+            self._container.seek(round(start_seconds / self._stream.time_base), stream=self._stream)
             self._decoder = self._container.decode(self._stream)
             if self._decode_next() and self._held.time <= seconds + tolerance_seconds:
                 return

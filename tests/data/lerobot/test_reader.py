@@ -67,6 +67,22 @@ def test_pictures_inside_parquet_are_read_exactly_across_row_groups(tmp_path):
         np.testing.assert_array_equal(episode.read_frames([3])["image"][0], picture(index, 3))
 
 
+@pytest.mark.parametrize("stored_as", ["video", "image"])
+def test_a_set_of_many_files_reads_as_one_file_would(tmp_path, stored_as):
+    write_dataset(tmp_path / "one", (5, 4, 3, 6, 2), stored_as=stored_as)
+    write_dataset(tmp_path / "many", (5, 4, 3, 6, 2), stored_as=stored_as, episodes_per_file=2)
+    assert len(list((tmp_path / "many" / "data").glob("*/*.parquet"))) == 3
+    pairs = list(zip(episodes_of(tmp_path / "one"), episodes_of(tmp_path / "many"), strict=True))
+    assert len(pairs) == 5
+    for one, many in pairs:
+        assert (one.name, one.task) == (many.name, many.task)
+        np.testing.assert_array_equal(one.states, many.states)
+        frames = list(range(one.num_frames))
+        (wanted,), (found,) = one.read_frames(frames).values(), many.read_frames(frames).values()
+        # Video files of other lengths are encoded a little differently.
+        assert np.abs(wanted.astype(int) - found).max() <= 8
+
+
 def test_a_spoiled_picture_inside_parquet_names_episode_camera_and_frame(tmp_path):
     write_dataset(tmp_path, (4, 4), stored_as="image")
     edit_column(tmp_path / DATA_FILE, "observation.image", lambda cells: cells[5].update(bytes=b"junk"))

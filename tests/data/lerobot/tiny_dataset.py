@@ -16,12 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+# (episode, num_frames) -> one value per frame.
+ColumnValues = Callable[[int, int], list[Any]]
+
 FPS = 10
 HEIGHT, WIDTH = 48, 64
 TASKS = ("lift the cube", "open the door")
-DATA_FILE = "data/chunk-000/file-000.parquet"
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+VIDEO_KEY, IMAGE_KEY = "observation.images.top", "observation.image"
 EPISODES_FILE = "meta/episodes/chunk-000/file-000.parquet"
-VIDEO_FILE = "videos/observation.images.top/chunk-000/file-000.mp4"
+DATA_FILE = DATA_PATH.format(chunk_index=0, file_index=0)
+VIDEO_FILE = VIDEO_PATH.format(video_key=VIDEO_KEY, chunk_index=0, file_index=0)
 # B-frames and rare keyframes: what other tools write, and the harder case for a seek.
 CODEC_OPTIONS = {"libx264": {"g": "12", "bf": "3", "crf": "18"}, "libsvtav1": {"g": "2", "crf": "30", "preset": "12"}}
 
@@ -49,38 +55,30 @@ def write_dataset(
     lengths: tuple[int, ...] = (15, 7, 11),
     codec: str = "libx264",
     stored_as: str = "video",
-    columns: dict[str, Callable[[int, int], list[Any]]] | None = None,
+    columns: dict[str, ColumnValues] | None = None,
     task_column: str = "__index_level_0__",
+    episodes_per_file: int = 100,
 ) -> Path:
     """``columns`` adds features of shape [1]: name -> (episode, num_frames) -> one value per frame."""
     columns = columns or {}
-    camera = "observation.images.top" if stored_as == "video" else "observation.image"
-    rows: dict[str, list[Any]] = {name: [] for name in ("observation.state", "action", *columns)}
-    for name in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
-        rows[name] = []
-    for episode, length in enumerate(lengths):
-        rows["observation.state"] += states(episode, length).tolist()
-        rows["action"] += actions(episode, length).tolist()
-        for name, make in columns.items():
-            rows[name] += make(episode, length)
-        rows["timestamp"] += [frame / FPS for frame in range(length)]
-        rows["frame_index"] += range(length)
-        rows["episode_index"] += [episode] * length
-        rows["index"] += range(len(rows["index"]), len(rows["index"]) + length)
-        rows["task_index"] += [episode % len(TASKS)] * length
-    table = pa.table(rows)
-    float_list = pa.list_(pa.float32())
-    for name, kind in (("observation.state", float_list), ("action", float_list), ("timestamp", pa.float32())):
-        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
-    everything = [(episode, frame) for episode, length in enumerate(lengths) for frame in range(length)]
-    if stored_as == "image":
-        cells = [{"bytes": _png(*place), "path": f"frame-{place[1]:06d}.png"} for place in everything]
-        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-        table = table.append_column(camera, pa.array(cells, kind))
-    else:
-        write_video(root / VIDEO_FILE, [picture(*place) for place in everything], codec)
-    _write_parquet(root / DATA_FILE, table, row_group_size=5)
-    _write_meta(root, lengths, camera, stored_as, table, columns, task_column)
+    for first in range(0, len(lengths), episodes_per_file):
+        episodes = range(first, min(first + episodes_per_file, len(lengths)))
+        place = {"chunk_index": 0, "file_index": first // episodes_per_file}
+        frames = [(episode, frame) for episode in episodes for frame in range(lengths[episode])]
+        table = _data_table(episodes, lengths, columns)
+        if stored_as == "image":
+            cells = [{"bytes": _png(*frame), "path": f"frame-{frame[1]:06d}.png"} for frame in frames]
+            kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+            table = table.append_column(IMAGE_KEY, pa.array(cells, kind))
+        else:
+            path = root / VIDEO_PATH.format(video_key=VIDEO_KEY, **place)
+            write_video(path, [picture(*frame) for frame in frames], codec)
+        # Row groups end inside episodes.
+        _write_parquet(root / DATA_PATH.format(**place), table, row_group_size=5)
+    _write_episodes(root, lengths, stored_as, episodes_per_file)
+    tasks = pa.table({"task_index": list(range(len(TASKS))), task_column: list(TASKS)})
+    _write_parquet(root / "meta/tasks.parquet", tasks)
+    _write_info(root, lengths, stored_as, {name: str(table[name].type) for name in columns})
     return root
 
 
@@ -124,37 +122,62 @@ def _write_parquet(path: Path, table: pa.Table, row_group_size: int = 1000) -> N
     pq.write_table(table, path, row_group_size=row_group_size)
 
 
-def _write_meta(root, lengths, camera, stored_as, table, columns, task_column) -> None:
-    ends = np.cumsum(lengths).tolist()
-    starts = [end - length for end, length in zip(ends, lengths, strict=True)]
-    zeros = [0] * len(lengths)
-    episodes = {
-        "episode_index": list(range(len(lengths))),
-        "tasks": [[TASKS[episode % len(TASKS)]] for episode in range(len(lengths))],
-        "length": list(lengths),
-        "data/chunk_index": zeros,
-        "data/file_index": zeros,
-        "dataset_from_index": starts,
-        "dataset_to_index": ends,
-    }
-    if stored_as == "video":
-        episodes |= {
-            f"videos/{camera}/chunk_index": zeros,
-            f"videos/{camera}/file_index": zeros,
-            f"videos/{camera}/from_timestamp": [start / FPS for start in starts],
-            f"videos/{camera}/to_timestamp": [end / FPS for end in ends],
+def _data_table(episodes: range, lengths: tuple[int, ...], columns: dict[str, ColumnValues]) -> pa.Table:
+    rows: dict[str, list[Any]] = {name: [] for name in ("observation.state", "action", "timestamp", *columns)}
+    rows |= {name: [] for name in ("frame_index", "episode_index", "index", "task_index")}
+    for episode in episodes:
+        length = lengths[episode]
+        rows["observation.state"] += states(episode, length).tolist()
+        rows["action"] += actions(episode, length).tolist()
+        for name, make in columns.items():
+            rows[name] += make(episode, length)
+        rows["timestamp"] += [frame / FPS for frame in range(length)]
+        rows["frame_index"] += range(length)
+        rows["episode_index"] += [episode] * length
+        rows["index"] += range(sum(lengths[:episode]), sum(lengths[: episode + 1]))
+        rows["task_index"] += [episode % len(TASKS)] * length
+    table = pa.table(rows)
+    float_list = pa.list_(pa.float32())
+    for name, kind in (("observation.state", float_list), ("action", float_list), ("timestamp", pa.float32())):
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
+    return table
+
+
+def _write_episodes(root: Path, lengths: tuple[int, ...], stored_as: str, episodes_per_file: int) -> None:
+    rows = []
+    for episode, length in enumerate(lengths):
+        first_in_file = episode - episode % episodes_per_file
+        start, file_index = sum(lengths[:episode]), episode // episodes_per_file
+        row = {
+            "episode_index": episode,
+            "tasks": [TASKS[episode % len(TASKS)]],
+            "length": length,
+            "data/chunk_index": 0,
+            "data/file_index": file_index,
+            "dataset_from_index": start,
+            "dataset_to_index": start + length,
         }
-    _write_parquet(root / EPISODES_FILE, pa.table(episodes))
-    _write_parquet(
-        root / "meta/tasks.parquet", pa.table({"task_index": list(range(len(TASKS))), task_column: list(TASKS)})
-    )
+        if stored_as == "video":
+            start_in_file = start - sum(lengths[:first_in_file])
+            row |= {
+                f"videos/{VIDEO_KEY}/chunk_index": 0,
+                f"videos/{VIDEO_KEY}/file_index": file_index,
+                f"videos/{VIDEO_KEY}/from_timestamp": start_in_file / FPS,
+                f"videos/{VIDEO_KEY}/to_timestamp": (start_in_file + length) / FPS,
+            }
+        rows.append(row)
+    _write_parquet(root / EPISODES_FILE, pa.Table.from_pylist(rows))
+
+
+def _write_info(root: Path, lengths: tuple[int, ...], stored_as: str, column_types: dict[str, str]) -> None:
+    camera = VIDEO_KEY if stored_as == "video" else IMAGE_KEY
+    scalars = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"}
+    scalars |= {"task_index": "int64", **column_types}
     features = {
         "observation.state": {"dtype": "float32", "shape": [3], "names": ["x", "y", "z"]},
         "action": {"dtype": "float32", "shape": [2], "names": ["dx", "dy"]},
         camera: {"dtype": stored_as, "shape": [HEIGHT, WIDTH, 3], "names": ["height", "width", "channels"]},
-        **{name: {"dtype": str(table[name].type), "shape": [1], "names": None} for name in columns},
-        **{name: {"dtype": "int64", "shape": [1]} for name in ("frame_index", "episode_index", "index", "task_index")},
-        "timestamp": {"dtype": "float32", "shape": [1]},
+        **{name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in scalars.items()},
     }
     info = {
         "codebase_version": "v3.0",
@@ -163,7 +186,7 @@ def _write_meta(root, lengths, camera, stored_as, table, columns, task_column) -
         "total_episodes": len(lengths),
         "total_frames": sum(lengths),
         "total_tasks": len(TASKS),
-        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+        "data_path": DATA_PATH,
+        "video_path": VIDEO_PATH,
     }
     (root / "meta" / "info.json").write_text(json.dumps(info))
