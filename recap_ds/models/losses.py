@@ -33,6 +33,7 @@ class TrainOutput(NamedTuple):
     v: Tensor
     advantage: Tensor
     td_error: Tensor  # mean over heads of Q - target
+    target_gap: Tensor  # mean over heads of |Q - Qbar|
     weight: Tensor  # policy weight: source weight x extraction weight
     indicator: Tensor
 

@@ -97,6 +97,7 @@ class PiStarRECAPPolicy(nn.Module):
             v=values["v"].detach(),
             advantage=advantage,
             td_error=values["td_error"],
+            target_gap=values["target_gap"],
             weight=weight,
             indicator=indicator,
         )
@@ -143,9 +144,14 @@ class PiStarRECAPPolicy(nn.Module):
         per_sample_v = value_loss(target_q, v, iql.expectile) * valid
         per_sample_q = q_loss(q, target) * valid
         loss = iql.v_loss_weight * per_sample_v.sum() + iql.q_loss_weight * per_sample_q.sum()
-        td_error = (q.detach().mean(dim=0) - target) * valid
-        parts = {"v": v, "target_q": target_q, "v_loss": per_sample_v, "q_loss": per_sample_q, "td_error": td_error}
-        return loss, parts
+        return loss, {
+            "v": v,
+            "target_q": target_q,
+            "v_loss": per_sample_v,
+            "q_loss": per_sample_q,
+            "td_error": (q.detach().mean(dim=0) - target) * valid,
+            "target_gap": (q.detach() - target_q).abs().mean(dim=0),
+        }
 
     def _extraction(
         self, batch: TransitionBatch, advantage: Tensor, scale: AdvantageScale, warming_up: bool

@@ -1,0 +1,104 @@
+"""Where metrics go: metrics.jsonl always, wandb where wanted, a progress bar or plain lines. Rank 0 only; else silent."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from recap_ds.config import LoggingConfig
+from recap_ds.train.run_folder import RunFolder
+
+SHOWN = ("loss", "policy_loss", "q_loss", "v_loss")
+
+
+class Logbook:
+    """A context manager; ``wandb_id`` continues a run under its old id."""
+
+    def __init__(self, run: RunFolder, logging: LoggingConfig, total_steps: int, settings: dict, is_main: bool):
+        self._run, self._logging, self._settings = run, logging, settings
+        self._total_steps = total_steps
+        self._is_main = is_main
+        self._file = self._bar = self._wandb = None
+
+    def open(self, step: int, wandb_id: str | None) -> str | None:
+        """Start logging after ``step`` steps; returns wandb's run id for the checkpoints."""
+        if not self._is_main:
+            return wandb_id
+        self._file = self._run.metrics.open("a", encoding="utf-8")
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True)
+        mode = wandb_mode(self._logging)
+        if mode == "disabled":
+            return wandb_id
+        import wandb
+
+        self._wandb = wandb.init(
+            project=self._logging.wandb_project,
+            entity=self._logging.wandb_entity,
+            name=self._run.path.name,
+            id=wandb_id,
+            resume="allow",
+            dir=str(self._run.path),
+            mode=mode,
+            config=self._settings,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        return self._wandb.id
+
+    def tick(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """One line of metrics after ``step`` steps. Numbers that are not finite become null: JSON has no NaN."""
+        if not self._is_main:
+            return
+        assert self._file is not None, "the logbook is not open"
+        finite = {
+            name: value if value == value and abs(value) != float("inf") else None for name, value in metrics.items()
+        }
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+        self._show(step, metrics)
+
+    def say(self, text: str) -> None:
+        """One line for people, on rank 0."""
+        if self._is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _show(self, step: int, metrics: dict[str, Any]) -> None:
+        for stage in ("train", "eval"):
+            shown = {name: metrics[f"{stage}/{name}"] for name in SHOWN if f"{stage}/{name}" in metrics}
+            text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            if not text:
+                continue
+            if self._bar is not None and stage == "train":
+                self._bar.set_postfix_str(text)
+            else:
+                speed = metrics.get("time/samples_per_second")
+                ending = f"  {speed:.1f} samples/s" if speed is not None else ""
+                self.say(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {stage}  {text}{ending}")
+
+
+def wandb_mode(logging: LoggingConfig) -> str:
+    """auto: WANDB_MODE if set, else online where there is an account, else offline."""
+    if logging.wandb != "auto":
+        return logging.wandb
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    has_account = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
+    return "online" if has_account else "offline"

@@ -1,0 +1,137 @@
+"""Training metrics: summed on the device every step, read on the host only when they are logged.
+
+A figure over samples is a sum divided by a count, both over all ranks and all steps since the last line.
+
+    B samples of a micro-batch   K tasks   S sources (demo, auto, intervention)
+"""
+
+import torch
+from torch import Tensor
+
+from recap_ds.algo.advantage import INDICATOR_IDS, forced_positive
+from recap_ds.algo.iql import MAX_EXTRACTION_WEIGHT
+from recap_ds.batch import SOURCE_IDS, TransitionBatch
+from recap_ds.config import PiStarRECAPConfig
+from recap_ds.distributed.reduce import gather_flat, sum_over_ranks
+from recap_ds.models.losses import TrainOutput, count_flow_elements
+
+SOURCE_COLUMNS = ("samples", "flow_sum", "flow_elements", "q_loss_sum", "v_loss_sum", "td_samples", "weight_sum")
+TASK_COLUMNS = ("labelled", "labelled_positive", "forced", "samples")
+SCALAR_COLUMNS = ("loss", "micro_batches", "clipped", "target_gap_sum", "td_error_sum", "replaced", "indicator_dropped")
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+class StepMetrics:
+    """Accumulates between two log lines."""
+
+    def __init__(self, config: PiStarRECAPConfig, tasks: list[str], device: torch.device):
+        self._config = config
+        self._tasks = tasks
+        self._source = torch.zeros(len(SOURCE_IDS), len(SOURCE_COLUMNS), dtype=torch.float64, device=device)
+        self._task = torch.zeros(len(tasks), len(TASK_COLUMNS), dtype=torch.float64, device=device)
+        self._scalar = torch.zeros(len(SCALAR_COLUMNS), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, batch: TransitionBatch, output: TrainOutput) -> None:
+        """One micro-batch. Nothing here waits for the device."""
+        flow_elements = count_flow_elements(batch)
+        td = batch.td_valid.double()
+        columns = torch.stack(
+            [
+                batch.sample_valid.double(),
+                output.policy_loss.double() * flow_elements,
+                flow_elements.double(),
+                output.q_loss.double(),
+                output.v_loss.double(),
+                td,
+                output.weight.double(),
+            ],
+            dim=1,
+        )
+        self._source.index_add_(0, batch.source, columns)
+        forced = forced_positive(batch.source, self._config.recap.demos)
+        labelled = ~forced & (output.indicator != INDICATOR_IDS["none"])
+        positive = labelled & (output.indicator == INDICATOR_IDS["positive"])
+        task_columns = torch.stack([labelled, positive, forced, batch.sample_valid], dim=1).double()
+        self._task.index_add_(0, batch.task, task_columns)
+        source_weight = torch.tensor(self._config.recap.source_weights, device=batch.source.device)[batch.source]
+        clipped = output.weight >= source_weight * MAX_EXTRACTION_WEIGHT
+        self._scalar += torch.stack(
+            [
+                output.loss.detach().double(),
+                torch.ones((), dtype=torch.float64, device=td.device),
+                (clipped & (source_weight > 0)).double().sum(),
+                (output.target_gap * td).sum(),
+                (output.td_error.abs() * td).sum(),
+                batch.replaced.double().sum(),
+                batch.indicator_dropped.double().sum(),
+            ]
+        )
+
+    @torch.no_grad()
+    def summarise(self, batch: TransitionBatch, output: TrainOutput) -> dict[str, float]:
+        """Everything since the last call, then start again; quantiles are of the given, last micro-batch.
+
+        Collective: every rank must call.
+        """
+        sizes = [self._source.numel(), self._task.numel(), self._scalar.numel()]
+        flat = sum_over_ranks(torch.cat([self._source.flatten(), self._task.flatten(), self._scalar])).cpu()
+        source, task, scalar = flat.split(sizes)
+        source, task = source.view_as(self._source), task.view_as(self._task)
+        totals = dict(zip(SCALAR_COLUMNS, scalar.tolist(), strict=True))
+        metrics = self._losses(source, totals)
+        for name, index in SOURCE_IDS.items():
+            row = dict(zip(SOURCE_COLUMNS, source[index].tolist(), strict=True))
+            metrics |= {f"train/{name}/{key}": value for key, value in _source_metrics(row).items()}
+        for name, values in zip(self._tasks, task.tolist(), strict=True):
+            row = dict(zip(TASK_COLUMNS, values, strict=True))
+            if row["labelled"]:
+                metrics[f"train/positive_fraction/{name}"] = row["labelled_positive"] / row["labelled"]
+            if row["samples"]:
+                metrics[f"train/forced_fraction/{name}"] = row["forced"] / row["samples"]
+        metrics |= _distributions(batch, output)
+        for sums in (self._source, self._task, self._scalar):
+            sums.zero_()
+        return metrics
+
+    def _losses(self, source: Tensor, totals: dict[str, float]) -> dict[str, float]:
+        whole = dict(zip(SOURCE_COLUMNS, source.sum(dim=0).tolist(), strict=True))
+        samples, td_samples = max(whole["samples"], 1.0), max(whole["td_samples"], 1.0)
+        return {
+            "train/loss": totals["loss"] / max(totals["micro_batches"], 1.0),
+            "train/policy_loss": whole["flow_sum"] / max(whole["flow_elements"], 1.0),
+            "train/q_loss": whole["q_loss_sum"] / td_samples,
+            "train/v_loss": whole["v_loss_sum"] / td_samples,
+            "train/target_gap": totals["target_gap_sum"] / td_samples,
+            "train/td_error": totals["td_error_sum"] / td_samples,
+            "train/weight_clip_fraction": totals["clipped"] / samples,
+            "train/indicator_dropped_fraction": totals["indicator_dropped"] / samples,
+            "data/replaced_samples": totals["replaced"],
+        }
+
+
+def _source_metrics(row: dict[str, float]) -> dict[str, float]:
+    metrics = {"samples": row["samples"]}
+    if row["samples"]:
+        metrics["policy_weight"] = row["weight_sum"] / row["samples"]
+    if row["flow_elements"]:
+        metrics["policy_loss"] = row["flow_sum"] / row["flow_elements"]
+    if row["td_samples"]:
+        metrics["q_loss"] = row["q_loss_sum"] / row["td_samples"]
+        metrics["v_loss"] = row["v_loss_sum"] / row["td_samples"]
+    return metrics
+
+
+def _distributions(batch: TransitionBatch, output: TrainOutput) -> dict[str, float]:
+    """Mean, std and quantiles of Q, V and A over all ranks' last micro-batch."""
+    rows = torch.stack([output.q, output.v, output.advantage, batch.td_valid.to(output.q.dtype)], dim=1)
+    q, v, advantage, valid = gather_flat(rows.flatten()).view(-1, 4).cpu().double().unbind(dim=1)
+    metrics = {}
+    for name, values in (("q", q), ("v", v), ("advantage", advantage)):
+        held = values[valid.bool() & values.isfinite()]
+        if len(held):
+            metrics[f"train/{name}/mean"] = held.mean().item()
+            metrics[f"train/{name}/std"] = held.std(correction=0).item()
+            for level, value in zip(QUANTILES, held.quantile(held.new_tensor(QUANTILES)).tolist(), strict=True):
+                metrics[f"train/{name}/p{round(level * 100):02d}"] = value
+    return metrics

@@ -1,0 +1,102 @@
+"""A run's folder: what it was started with, and whether it may go on.
+
+    runs/<name>/  config.yaml  ds_config.json  run.json  contract.json  metrics.jsonl  checkpoints/  base/  summary.json
+                  damaged.jsonl and skipped.jsonl appear when there is something to list
+
+Only rank 0 writes here; checkpoints have rules of their own (``checkpoint/``).
+"""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from recap_ds.config import PiStarRECAPConfig
+from recap_ds.errors import UsageError
+from recap_ds.recipe import changed_keys, dump_config
+
+# What may differ between a run and its continuation: it changes where and how fast, not what is learned.
+FREE_KEYS = (
+    "runs_dir",
+    "checkpoint.",
+    "logging.",
+    "evaluation.",
+    "data.shards",  # its content is compared by the manifest's hash
+    "data.num_workers",
+    "data.prefetch_batches",
+    "data.max_damaged_fraction",
+    "training.resume",
+    "training.max_skipped_steps",
+    "training.activation_checkpointing",
+    "training.use_amp",
+    # Their product with the number of ranks, the global batch, is compared instead.
+    "training.batch_size",
+    "training.gradient_accumulation_steps",
+    "training.global_batch_size",
+)
+REPORTED_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "numpy")
+
+
+class RunFolder:
+    def __init__(self, config: PiStarRECAPConfig):
+        self.path = Path(config.runs_dir) / config.name
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.damaged = self.path / "damaged.jsonl"
+        self.skipped = self.path / "skipped.jsonl"
+        self._run = self.path / "run.json"
+        self._summary = self.path / "summary.json"
+
+    def check_continues(self, config: PiStarRECAPConfig, global_batch: int, manifest_hash: str) -> None:
+        """UsageError where this folder holds another run than ``config`` describes. Reads only."""
+        if not self._run.is_file():
+            return
+        if config.training.resume == "never":
+            raise UsageError(
+                f"training.resume: never, but {self.path} holds a run; choose another name=, or training.resume=auto"
+            )
+        started = json.loads(self._run.read_text(encoding="utf-8"))
+        old = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        keys = [
+            key
+            for key in changed_keys(old, config.model_dump(mode="json"))
+            if not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
+        ]
+        if global_batch != started["global_batch"]:
+            keys.append(f"the global batch ({started['global_batch']} -> {global_batch})")
+        if manifest_hash != started["manifest_hash"]:
+            keys.append("the shards (another manifest)")
+        if keys:
+            raise UsageError(
+                f"{self.path} holds a run with other settings: {', '.join(keys)}; choose another name=, "
+                "or give the settings it was started with"
+            )
+
+    def start(self, config: PiStarRECAPConfig, ds_config: dict, global_batch: int, manifest_hash: str) -> None:
+        """Write down what this run is. Rank 0 only."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (self.path / "ds_config.json").write_text(json.dumps(ds_config, indent=1) + "\n", encoding="utf-8")
+        facts = {
+            "global_batch": global_batch,
+            "manifest_hash": manifest_hash,
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in ("recap_ds", *REPORTED_PACKAGES)},
+        }
+        self._run.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    def finished_summary(self) -> dict | None:
+        """The summary of a finished run; None while it is not."""
+        return json.loads(self._summary.read_text(encoding="utf-8")) if self._summary.is_file() else None
+
+    def finish(self, summary: dict) -> None:
+        self._summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+    def forget_after(self, step: int) -> None:
+        """Drop metric lines of steps that a restart will take again. Rank 0 only."""
+        if self.metrics.is_file():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.metrics.write_text("".join(kept), encoding="utf-8")
