@@ -9,6 +9,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -63,6 +64,13 @@ def _init_worker(is_exiting: ctypes.c_bool, worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if is_exiting.value else None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """torch watches the fork server only, which lives as long as its workers: a killed run would leave them all."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _set(flag: ctypes.c_bool) -> None:

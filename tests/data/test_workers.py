@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 
@@ -27,19 +28,27 @@ if __name__ == "__main__":
     later = [int(batch) for batch in itertools.islice(batches, 300)]
     assert later == list(range(1, 301)), later
     assert set(seen) == set(signals), seen
-    print("read on")
+    print("read on", flush=True)
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(75)
 """
 
 
-def test_workers_outlive_the_signals_of_a_preemption_and_not_the_training_process(tmp_path):
+@pytest.mark.parametrize("ending, code", [("exits", 75), ("killed", -signal.SIGKILL)])
+def test_workers_outlive_the_signals_of_a_preemption_and_not_the_training_process(tmp_path, ending, code):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    # Its own session: the signals go to its process group. A worker that would not die hangs it at exit.
+    # In its own session: the signals go to its process group. Workers left over would hold its output open: no end.
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=90, start_new_session=True, check=False
+        [sys.executable, script, ending],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        start_new_session=True,
+        check=False,
     )
-    assert (done.returncode, done.stdout) == (75, "read on\n"), done.stderr
+    assert (done.returncode, done.stdout) == (code, "read on\n"), done.stderr
 
 
 @pytest.mark.parametrize("num_workers, prefetch_batches, per_worker", [(1, 4, 4), (2, 4, 2), (3, 4, 2), (8, 4, 1)])
