@@ -72,6 +72,11 @@ def param_is_sharded(param: Parameter) -> bool:
     return is_zero_param(param)
 
 
+def whole_numel(param: Parameter) -> int:
+    """Elements of the whole parameter, however it is kept."""
+    return param.ds_numel if param_is_sharded(param) else param.numel()
+
+
 @contextlib.contextmanager
 def gather(params: Iterable[Parameter], modifier_rank: int | None = None) -> Iterator[None]:
     """Whole values of ``params`` inside; plain parameters are left as they are. Collective: every rank must call.

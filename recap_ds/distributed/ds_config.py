@@ -67,7 +67,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"--deepspeed {path}: not valid JSON: {error}") from None
     if not isinstance(ds, dict):
-        raise UsageError(f"--deepspeed {path}: must be an object of DeepSpeed settings, not a {type(ds).__name__}")
+        raise UsageError(f"--deepspeed {path}: must hold a JSON object, not a {type(ds).__name__}")
     _check_top_level(ds, str(path))
     _check_zero(ds, str(path))
     return ds
@@ -124,7 +124,7 @@ def resolve_ds_config(
         belongs = key.startswith("stage3_") == (zero["stage"] == 3) or key == "reduce_bucket_size"
         if zero.get(key, "auto") == "auto" and belongs:
             zero[key] = cpu_size if on_cpu else accelerator_size
-    _check_secondary_shards(zero, sizes.world)
+    _fit_secondary_shards(zero, sizes.world)
     resolved = {
         **ds,
         "train_batch_size": sizes.total,
@@ -166,7 +166,8 @@ def _choose_precision(ds: dict[str, Any], training: TrainingConfig, on_cpu: bool
     return Precision(dtype, f"precision: {'bf16 with fp32 masters' if enabled else 'fp32'} ({reason})")
 
 
-def _check_secondary_shards(zero: dict[str, Any], world: int) -> None:
+def _fit_secondary_shards(zero: dict[str, Any], world: int) -> None:
+    """hpZ keeps a second copy of the weights within groups of ranks, a node each; a smaller job is one group."""
     size = zero.get("zero_hpz_partition_size", 1)
     if not isinstance(size, int) or size < 1 or (zero["stage"] != 3 and size > 1):
         raise UsageError(
@@ -177,6 +178,8 @@ def _check_secondary_shards(zero: dict[str, Any], world: int) -> None:
             f"zero_optimization.zero_hpz_partition_size: {world} ranks do not divide into groups of {size}; "
             "set it to the number of ranks on one node"
         )
+    if size > 1:
+        zero["zero_hpz_partition_size"] = min(size, world)
 
 
 def _refuse_leftover_auto(node: dict[str, Any], path: str) -> None:

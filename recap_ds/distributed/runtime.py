@@ -83,16 +83,16 @@ class Runtime:
 
         JSON and not torch's object collectives: those pickle.
         """
+        text = json.dumps(value).encode() if self.info.is_main else b""
         if self.info.world == 1:
-            return json.loads(json.dumps(value))
-        payload = list(json.dumps(value).encode()) if self.info.is_main else []
-        size = torch.tensor([len(payload)], dtype=torch.int64, device=self.device)
+            return json.loads(text)
+        size = torch.tensor([len(text)], dtype=torch.int64, device=self.device)
         torch.distributed.broadcast(size, src=0)
-        data = torch.zeros(int(size.item()), dtype=torch.uint8, device=self.device)
+        data = torch.empty(int(size.item()), dtype=torch.uint8, device=self.device)
         if self.info.is_main:
-            data.copy_(torch.tensor(payload, dtype=torch.uint8))
+            data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         torch.distributed.broadcast(data, src=0)
-        return json.loads(bytes(data.tolist()).decode())
+        return json.loads(data.cpu().numpy().tobytes())
 
 
 def start_runtime(info: RankInfo, timeout_seconds: float = 1800.0) -> Runtime:

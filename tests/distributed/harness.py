@@ -19,15 +19,26 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULT_VARIABLE = "RECAP_DS_TEST_RESULT"
 TIMEOUT_VARIABLE = "RECAP_DS_TEST_TIMEOUT_SECONDS"
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def run_ranks(worker: str, world: int, *args: str, timeout_seconds: float = 240.0) -> list[dict[str, Any]]:
     """Run ``python -m tests.distributed.<worker> *args`` on ``world`` ranks; every rank's result, in rank order.
 
-    Fails with the output of every rank as soon as one of them fails.
+    A single rank is started as plain ``python`` would be, without a launcher's variables. Fails with the output of
+    every rank as soon as one of them fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [_start_rank(worker, args, rank, world, Path(folder), timeout_seconds) for rank in range(world)]
+        port = _free_port()
+        ranks = [_start_rank(worker, args, rank, world, Path(folder), port, timeout_seconds) for rank in range(world)]
         _wait(ranks, time.monotonic() + timeout_seconds)
         if any(process.returncode for process in ranks):
             outputs = (f"--- rank {r}\n{(Path(folder) / f'{r}.log').read_text()[-8000:]}" for r in range(world))
@@ -37,22 +48,16 @@ def run_ranks(worker: str, world: int, *args: str, timeout_seconds: float = 240.
 
 
 def _start_rank(
-    worker: str, args: tuple[str, ...], rank: int, world: int, folder: Path, timeout_seconds: float
+    worker: str, args: tuple[str, ...], rank: int, world: int, folder: Path, port: int, timeout_seconds: float
 ) -> subprocess.Popen:
-    if rank == 0:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            (folder / "port").write_text(str(probe.getsockname()[1]))
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": (folder / "port").read_text(),
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+    if world > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_PORT": port}
+        environment |= {key: str(value) for key, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    environment |= {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
+        "PATH": str(folder),  # no compiler: nothing may be built at start
         RESULT_VARIABLE: str(folder / f"{rank}.json"),
         # Before the parent gives up, so that its report holds every rank's stack.
         TIMEOUT_VARIABLE: str(max(1.0, timeout_seconds - 10.0)),
@@ -65,6 +70,12 @@ def _start_rank(
             stdout=log,
             stderr=subprocess.STDOUT,
         )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _wait(ranks: list[subprocess.Popen], deadline: float) -> None:
