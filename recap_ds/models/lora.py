@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from recap_ds.config import LoraConfig
+from recap_ds.errors import UsageError
 
 ADAPTER = "default"
 
@@ -30,6 +31,11 @@ def add_adapters(paligemma: nn.Module, lora: LoraConfig) -> None:
     """Insert adapters in place; the base stays frozen, the adapters train."""
     from peft import inject_adapter_in_model
 
+    modules = paligemma.language_model.layers.named_modules()
+    linear = {name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, nn.Linear)}
+    # peft is content when one of the names matches.
+    if unknown := [name for name in lora.target_modules if name not in linear]:
+        raise UsageError(f"lora.target_modules: no linear layer '{unknown[0]}'; there are {', '.join(sorted(linear))}")
     inject_adapter_in_model(peft_config(lora), paligemma, adapter_name=ADAPTER)
     for name, parameter in paligemma.named_parameters():
         parameter.requires_grad_("lora_" in name)

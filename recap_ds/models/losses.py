@@ -51,6 +51,15 @@ class EvaluationOutput(NamedTuple):
     unconditioned_actions: Tensor  # [B, H, A], sampled from the same noise without indicator
 
 
+def without_padding(batch: TransitionBatch) -> TransitionBatch:
+    """Zero what stands in place of an action, and noise in dims the robot lacks: neither may change any output."""
+    dims = batch.action_dim_mask[:, None, :]
+    return batch._replace(
+        actions=torch.where(batch.action_valid[:, :, None] & dims, batch.actions, 0.0),
+        noise=torch.where(dims[:, None], batch.noise, 0.0),
+    )
+
+
 def count_flow_elements(batch: TransitionBatch) -> Tensor:
     """[B] float32: what the sample's policy loss sums over."""
     return batch.action_valid.sum(dim=1).float() * batch.action_dim_mask.sum(dim=1).float() * float(batch.time.shape[1])
@@ -63,5 +72,5 @@ def local_counts(batch: TransitionBatch) -> Tensor:
 
 def normalizers(mean_counts: Tensor) -> LossNormalizers:
     """From the step's mean of ``local_counts``; a step without any valid element divides by one instead of zero."""
-    flow, td = mean_counts.clamp(min=torch.finfo(torch.float32).tiny).unbind()
+    flow, td = torch.where(mean_counts > 0, mean_counts, 1.0).unbind()
     return LossNormalizers(flow, td)

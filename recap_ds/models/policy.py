@@ -8,6 +8,8 @@ an engine nothing but ``engine(batch, ...)`` runs. The class is plain PyTorch: n
 """
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -29,6 +31,7 @@ from recap_ds.models.losses import (
     count_flow_elements,
     local_counts,
     normalizers,
+    without_padding,
 )
 from recap_ds.models.pixels import augment, to_pixels
 from recap_ds.models.sampling import AdvantageName, sample_actions
@@ -73,8 +76,10 @@ class PiStarRECAPPolicy(nn.Module):
         warming_up: bool,
     ) -> TrainOutput | EvaluationOutput:
         """``scale``: per-task thresholds as of the step before; ``normalizers``: the whole step's valid counts."""
+        batch = without_padding(batch)
         if mode == "evaluate":
-            return self._evaluate(batch)
+            with self._no_dropout():
+                return self._evaluate(batch)
         pixels = self._pixels(batch, batch.observation)
         next_pixels = self._pixels(batch, batch.next_observation)
         prefix, next_prefix = self._encode_both(batch, pixels, next_pixels)
@@ -101,6 +106,16 @@ class PiStarRECAPPolicy(nn.Module):
             weight=weight,
             indicator=indicator,
         )
+
+    @contextmanager
+    def _no_dropout(self) -> Iterator[None]:
+        """Evaluation mode inside, so that nothing is drawn from the global generator."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
 
     def _pixels(self, batch: TransitionBatch, observation: Observation) -> Tensor:
         pixels = to_pixels(observation.images)
@@ -158,7 +173,8 @@ class PiStarRECAPPolicy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Indicator [B] and policy weight [B] of every sample (design: conditioned, weighted or both)."""
         recap = self.config.recap
-        source_weight = torch.tensor(recap.source_weights, device=advantage.device)[batch.source]
+        # From Python numbers: a table made here would be copied to the device, and the host would wait for it.
+        source_weight = sum(weight * (batch.source == source) for source, weight in enumerate(recap.source_weights))
         if recap.policy_extraction == "weighted":
             indicator = torch.full_like(batch.task, INDICATOR_IDS["none"])
         else:
@@ -176,18 +192,18 @@ class PiStarRECAPPolicy(nn.Module):
     def _flow_error(self, batch: TransitionBatch, prefix: PrefixFeatures, indicator: Tensor) -> Tensor:
         """Squared velocity error [B, F], summed over valid frames and real dims; ``indicator`` [B, F]."""
         mask = (batch.action_valid[:, None, :, None] & batch.action_dim_mask[:, None, None, :]).float()
-        noise = batch.noise * batch.action_dim_mask[:, None, None, :]
-        actions = (batch.actions * batch.action_valid[..., None])[:, None]
-        x_t = noisy_action(actions, noise, batch.time)
+        actions = batch.actions[:, None]
+        x_t = noisy_action(actions, batch.noise, batch.time)
         context = self.action_expert.encode_prefix(prefix)
         velocity = self.action_expert(context, batch.observation.state, x_t, batch.time, indicator, batch.action_valid)
-        return ((velocity - target_velocity(actions, noise)).square() * mask).sum(dim=(2, 3))
+        return ((velocity - target_velocity(actions, batch.noise)).square() * mask).sum(dim=(2, 3))
 
     @torch.no_grad()
     def _evaluate(self, batch: TransitionBatch) -> EvaluationOutput:
         pixels, next_pixels = to_pixels(batch.observation.images), to_pixels(batch.next_observation.images)
         prefix, next_prefix = self._encode_both(batch, pixels, next_pixels)
-        shuffled = self.vlm(batch.observation, pixels.roll(1, dims=0))
+        camera_mask = batch.observation.camera_mask.roll(1, dims=0)
+        shuffled = self.vlm(batch.observation._replace(camera_mask=camera_mask), pixels.roll(1, dims=0))
         _, values = self._critic_losses(batch, prefix, next_prefix)
         elements = count_flow_elements(batch).clamp(min=1.0)
         flow_loss = [
@@ -277,11 +293,12 @@ class PiStarRECAPPolicy(nn.Module):
             noise = torch.randn(shape, device=device)
         if action_dim_mask is None:
             action_dim_mask = torch.ones(batch_size, shape[2], dtype=torch.bool, device=device)
-        prefix = self.vlm(observation, to_pixels(observation.images))
         steps = num_steps or self.config.num_inference_steps
-        return sample_actions(
-            self.action_expert, prefix, observation.state, noise, action_dim_mask, advantage, guidance_beta, steps
-        )
+        with self._no_dropout():
+            prefix = self.vlm(observation, to_pixels(observation.images))
+            return sample_actions(
+                self.action_expert, prefix, observation.state, noise, action_dim_mask, advantage, guidance_beta, steps
+            )
 
     def select_action(self, observation: Observation, **options) -> Tensor:
         """Next action [B, A] of the queued chunk; a new chunk is predicted when the queue is empty."""

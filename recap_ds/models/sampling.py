@@ -34,15 +34,18 @@ def sample_actions(
     context = expert.encode_prefix(prefix)
     noise = noise * action_dim_mask[:, None, :]
     everywhere = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
-    condition = INDICATOR_IDS[advantage or "none"]
-    guided = advantage is not None and guidance_beta != 1.0
-    indicators = [INDICATOR_IDS["none"], condition] if guided else [condition]
+    if advantage is None or guidance_beta == 0.0:
+        indicators = [INDICATOR_IDS["none"]]
+    elif guidance_beta == 1.0:
+        indicators = [INDICATOR_IDS[advantage]]
+    else:
+        indicators = [INDICATOR_IDS["none"], INDICATOR_IDS[advantage]]
+    branches = len(indicators)
     indicator = torch.tensor(indicators, device=noise.device).expand(len(noise), -1)
 
     def velocity(x_t: Tensor, time: Tensor) -> Tensor:
-        branches = len(indicators)
         x_t, time = x_t[:, None].expand(-1, branches, -1, -1), time[:, None].expand(-1, branches)
         field = expert(context, state, x_t, time, indicator, everywhere) * action_dim_mask[:, None, None, :]
-        return guided_velocity(field[:, 0], field[:, 1], guidance_beta) if guided else field[:, 0]
+        return field[:, 0] if branches == 1 else guided_velocity(field[:, 0], field[:, 1], guidance_beta)
 
     return euler(velocity, noise, num_steps)

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from recap_ds.batch import Observation
 from recap_ds.config import LoraConfig, ModelConfig
+from recap_ds.errors import UsageError
 from recap_ds.models.building import Builder, fill
 from recap_ds.models.lora import add_adapters
 from recap_ds.models.vlm_weights import checkpoint_tensors, load_vlm_config, locate_vlm, random_tensors
 
 TINY = "tiny"
-TINY_VOCABULARY = 512  # the byte tokenizer's
+TINY_VOCABULARY = 512  # room for the byte tokenizer's 259
+TINY_PATCH_SIZE = 16
 
 
 class PrefixFeatures(NamedTuple):
@@ -56,6 +58,27 @@ class ConvStem(nn.Module):
         return self.convolutions[-1](pixels)
 
 
+class RotaryEmbedding(nn.Module):
+    """Gemma's rotary angles, computed in float32 where they are used.
+
+    transformers keeps the frequencies in a buffer, which zero.Init and ``.to(bfloat16)`` round to three digits: at
+    position 800 the angles would be off by a radian.
+    """
+
+    def __init__(self, text_config):
+        super().__init__()
+        rope = text_config.rope_parameters
+        assert rope["rope_type"] == "default", f"PaliGemma with {rope['rope_type']} rotary embeddings"
+        self.head_dim, self.theta = text_config.head_dim, rope["rope_theta"]
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, T, head_dim] of the positions [B, T], in the dtype of ``x``."""
+        exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32) / self.head_dim
+        angle = position_ids[..., None].float() * self.theta**-exponent
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
 class VisionLanguageModel(nn.Module):
     """Frozen, LoRA-adapted or fully trained PaliGemma; ``trainable`` says whether gradients flow into it."""
 
@@ -76,8 +99,11 @@ class VisionLanguageModel(nn.Module):
                 vision = vlm_config.vision_config
                 stem = ConvStem(vision.hidden_size, vision.patch_size)
                 self.paligemma.vision_tower.embeddings.patch_embedding = stem
-        values = random_tensors(self.paligemma, builder, seed) if self.random_init else checkpoint_tensors(source)
-        fill(self.paligemma, values, builder)
+        self.paligemma.language_model.rotary_emb = RotaryEmbedding(vlm_config.text_config)
+        if self.random_init:
+            fill(self.paligemma, random_tensors(self.paligemma, builder, seed), builder)
+        else:
+            _load(self.paligemma, source, builder)
         self.width = vlm_config.text_config.hidden_size
         self.paligemma.requires_grad_(not config.freeze_vlm)
         if lora.enabled:
@@ -101,20 +127,33 @@ class VisionLanguageModel(nn.Module):
         words = self.paligemma.language_model.embed_tokens(observation.tokens)
         embeddings = torch.cat([images.flatten(1, 2), words], dim=1)
         mask = torch.cat([image_mask.flatten(1), observation.token_mask], dim=1)
-        # Bidirectional: every token sees every real token. Positions skip what is masked, as in openpi.
+        # Bidirectional: every token sees every real token. Positions skip what is masked, as in openpi. A row with no
+        # real token (the observation after an end) sees all its padding: attention over nothing may be NaN.
+        visible = mask | ~mask.any(dim=1, keepdim=True)
         hidden = self.paligemma.language_model(
             inputs_embeds=embeddings,
-            attention_mask=mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1),
+            attention_mask=visible[:, None, None, :].expand(-1, 1, mask.shape[1], -1),
             position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
         return PrefixFeatures(hidden, mask)
 
 
+def _load(paligemma: nn.Module, folder: Path, builder: Builder) -> None:
+    try:
+        fill(paligemma, checkpoint_tensors(folder), builder)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"model.vlm_model_name: {folder} does not hold this PaliGemma: {error}") from None
+
+
 def tiny_config(image_size: int):
     """PaliGemma's architecture at about a million parameters."""
     from transformers import PaliGemmaConfig
 
+    if image_size % TINY_PATCH_SIZE:
+        raise UsageError(f"model.image_size: {image_size} is not a multiple of {TINY_PATCH_SIZE}, the tiny VLM's patch")
     shared = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
     return PaliGemmaConfig(
         text_config={
@@ -130,7 +169,7 @@ def tiny_config(image_size: int):
         vision_config={
             "model_type": "siglip_vision_model",
             "image_size": image_size,
-            "patch_size": 16,
+            "patch_size": TINY_PATCH_SIZE,
             "vision_use_head": False,
             **shared,
         },

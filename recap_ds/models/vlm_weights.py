@@ -32,7 +32,7 @@ def locate_vlm(config: ModelConfig) -> Path | None:
     """Folder with config.json and safetensors; None for the tiny preset. Downloads a hub id once, into its cache."""
     if config.vlm_model_name == "tiny":
         return None
-    folder = Path(config.vlm_model_name)
+    folder = Path(config.vlm_model_name).expanduser()
     if folder.is_dir():
         return folder
     if config.vlm_model_name.startswith((".", "/", "~")):
@@ -56,7 +56,11 @@ def load_vlm_config(folder: Path, image_size: int):
 
     if not (folder / "config.json").is_file():
         raise UsageError(f"model.vlm_model_name: {folder} has no config.json")
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        reason = str(error).split("\n")[0][:160]
+        raise UsageError(f"model.vlm_model_name: {folder}/config.json cannot be read ({reason})") from None
     if not isinstance(config, PaliGemmaConfig):
         raise UsageError(f"model.vlm_model_name: {folder} holds a {config.model_type}, not a paligemma")
     if config.vision_config.image_size != image_size:
@@ -64,15 +68,22 @@ def load_vlm_config(folder: Path, image_size: int):
             f"model.image_size: {image_size}, but {folder} sees {config.vision_config.image_size} px; set it to that"
         )
     config.vision_config.vision_use_head = False
+    # A dtype written beside a tower would be obeyed for that tower alone; the builder's holds for all.
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = None
     return config
 
 
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every model tensor of a folder's safetensors files, mapped lazily from disk."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     for file in weight_files(folder):
-        with safe_open(file, framework="pt") as reader:
+        try:
+            reader = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise UsageError(f"model.vlm_model_name: {file} is damaged ({error}); copy it again") from None
+        with reader:
             for stored in reader.keys():  # noqa: SIM118 - safe_open is no mapping
                 name = stored
                 for pattern, replacement in _RENAMES:
@@ -82,13 +93,13 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint; with an index, those and no stray ones."""
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files that make up a checkpoint: those of its index, or model.safetensors, or all there are."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         files = [folder / name for name in names]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     absent = [file.name for file in files if not file.is_file()]
     if absent or not files:
         raise UsageError(f"model.vlm_model_name: {folder} lacks {absent[0] if absent else 'any .safetensors file'}")
