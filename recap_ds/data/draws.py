@@ -30,8 +30,7 @@ class Purpose(IntEnum):
     FLOW_TIME = 6  # place: slot
     INDICATOR_DROPOUT = 7  # place: slot
     AUGMENTATION = 8  # place: slot
-    EVALUATION_CHOICE = 9  # place: sample identity
-    EVALUATION_NOISE = 10  # place: sample identity
+    EVALUATION_NOISE = 9  # place: sample identity
 
 
 class SampleDraws(NamedTuple):

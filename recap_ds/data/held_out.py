@@ -15,19 +15,19 @@ import numpy as np
 from recap_ds.batch import NUM_AUGMENTATION_DRAWS, TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.assemble import Assembler, BatchDraws
-from recap_ds.data.draws import Purpose, evaluation_noise, generator
+from recap_ds.data.draws import evaluation_noise
 from recap_ds.data.loader import log_damage
 from recap_ds.data.shard_set import DamagedSample, ShardSet
 
 NO_SLOT = -1
 
 
-def choose_samples(shard_set: ShardSet, held_out_fraction: float, max_samples: int, seed: int) -> np.ndarray:
+def choose_samples(shard_set: ShardSet, held_out_fraction: float, max_samples: int) -> np.ndarray:
     """Ids, ascending, of at most ``max_samples`` held-out samples, shared out evenly over (source, task)."""
     table = shard_set.table
     held_out = np.flatnonzero(shard_set.held_out(held_out_fraction))
-    # A sample's own random number decides, so that a choice changes little when data is added.
-    rank = np.array([generator(seed, Purpose.EVALUATION_CHOICE, shard_set.identity(i)).random() for i in held_out])
+    # The lowest hashes win, so that the choice is the same for every seed and changes little when data is added.
+    rank = np.array([shard_set.identity(i) for i in held_out], np.uint64)
     # (source, task) as one number
     group = table.source[held_out].astype(np.int64) * len(shard_set.manifest.tasks) + table.task[held_out]
     by_size = sorted((held_out[group == i][np.argsort(rank[group == i])] for i in np.unique(group)), key=len)
@@ -59,9 +59,7 @@ class EvaluationBatches:
         self._batch_size = config.evaluation.batch_size
         self._rank, self._world = rank, world
         self._draw_shape = (config.evaluation.num_flow_times, config.chunk_size, config.max_action_dim)
-        self.samples = choose_samples(
-            assembler.shard_set, config.data.held_out_fraction, config.evaluation.max_samples, self._seed
-        )
+        self.samples = choose_samples(assembler.shard_set, config.data.held_out_fraction, config.evaluation.max_samples)
 
     def __len__(self) -> int:
         """Batches per rank; 0 where nothing is held out."""

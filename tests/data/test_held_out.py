@@ -28,7 +28,7 @@ def batches_of(shard_set, config, rank=0, world=1, **options) -> EvaluationBatch
 
 
 def test_choice_is_held_out_and_spread_over_sources_and_tasks(shards):
-    chosen = choose_samples(shards, FRACTION, 24, seed=0)
+    chosen = choose_samples(shards, FRACTION, 24)
     assert len(set(chosen)) == 24 and shards.held_out(FRACTION)[chosen].all()
     held_out = np.flatnonzero(shards.held_out(FRACTION))
 
@@ -47,14 +47,12 @@ def test_choice_is_held_out_and_spread_over_sources_and_tasks(shards):
 def test_a_small_group_gives_all_it_has_and_the_others_share_the_rest(tmp_path):
     episodes = [flat_episode(i, 12) for i in range(12)] + [flat_episode(i, 2, source="auto") for i in range(3)]
     shard_set = write_tiny(tmp_path, episodes)
-    sources = shard_set.table.source[choose_samples(shard_set, 0.9999, 40, seed=0)]
+    sources = shard_set.table.source[choose_samples(shard_set, 0.9999, 40)]
     np.testing.assert_array_equal(np.bincount(sources), [34, 6])
 
 
 def test_asking_for_more_than_there_is_gives_all(shards):
-    np.testing.assert_array_equal(
-        choose_samples(shards, FRACTION, 10**6, seed=0), np.flatnonzero(shards.held_out(FRACTION))
-    )
+    np.testing.assert_array_equal(choose_samples(shards, FRACTION, 10**6), np.flatnonzero(shards.held_out(FRACTION)))
 
 
 def test_every_rank_has_the_same_number_of_batches_and_each_sample_is_seen_once(shards):
