@@ -76,8 +76,14 @@ def _yes(value: bool) -> str:
 def _sources(manifest: Manifest) -> str:
     header = ("source", "samples", "frames", "human frames", "episodes", "success", "failure", "truncated", "unknown")
     rows = [
-        (source, counts.samples, counts.frames, counts.human_frames, counts.episodes)
-        + tuple(counts.outcomes[name] for name in header[5:])
+        (
+            source,
+            counts.samples,
+            counts.frames,
+            counts.human_frames,
+            counts.episodes,
+            *(counts.outcomes[outcome] for outcome in header[5:]),
+        )
         for source, counts in manifest.counts.items()
     ]
     return _table(header, rows)

@@ -75,7 +75,10 @@ class Histogram(BaseModel):
 
 def _exponent_for(low: float, high: float) -> int:
     """Smallest exponent at which [low, high] touches at most NUM_BINS aligned bins."""
-    exponent = max(MIN_EXPONENT, math.frexp((high - low) / NUM_BINS)[1] - 2)
+    exponent = MIN_EXPONENT
+    if high > low:
+        # 2**exponent < (high - low) / NUM_BINS: too narrow, but not by much.
+        exponent = max(exponent, math.frexp((high - low) / NUM_BINS)[1] - 2)
     while math.floor(math.ldexp(high, -exponent)) - math.floor(math.ldexp(low, -exponent)) >= NUM_BINS:
         exponent += 1
     return exponent

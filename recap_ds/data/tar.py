@@ -5,6 +5,7 @@ import io
 import math
 import os
 import tarfile
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def npy_array(data: bytes) -> np.ndarray:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"npy version {version} is not read here")
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read_header(buffer)
+    try:
+        shape, fortran_order, dtype = read_header(buffer)
+    except (SyntaxError, tokenize.TokenError, TypeError, RecursionError) as error:
+        raise ValueError(f"damaged npy header ({error})") from None
     if dtype.hasobject:
         raise ValueError("an object array would need pickle")
     if math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():

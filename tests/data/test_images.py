@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from recap_ds.data.images import decode_jpeg, encode_jpeg, resize_with_padding
+
+
+def test_a_wide_picture_is_centred_between_black_bars():
+    square = resize_with_padding(np.full((32, 64, 3), 200, dtype=np.uint8), 16)
+    assert square.shape == (16, 16, 3) and square.dtype == np.uint8
+    assert (square[:4] == 0).all() and (square[12:] == 0).all()
+    assert (square[4:12] == 200).all()
+
+
+def test_a_tall_picture_is_centred_too():
+    square = resize_with_padding(np.full((30, 10, 3), 90, dtype=np.uint8), 60)
+    filled = (square == 90).all(axis=(0, 2))
+    assert np.flatnonzero(filled).tolist() == list(range(20, 40))
+
+
+def test_the_right_size_is_left_alone():
+    picture = np.random.default_rng(0).integers(0, 256, size=(24, 24, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(resize_with_padding(picture, 24), picture)
+
+
+def test_shrinking_averages_a_fine_pattern():
+    checkers = np.indices((64, 64)).sum(axis=0) % 2 * 255
+    small = resize_with_padding(np.repeat(checkers[:, :, None], 3, axis=2).astype(np.uint8), 16)
+    assert np.abs(small[2:-2, 2:-2].astype(int) - 127).max() < 10
+
+
+def test_jpeg_round_trip_keeps_a_smooth_picture():
+    ramp = np.linspace(0, 255, 32)
+    picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], 128.0), axis=2).astype(np.uint8)
+    assert np.abs(decode_jpeg(encode_jpeg(picture)).astype(int) - picture).mean() < 3
+
+
+def test_a_grey_jpeg_becomes_rgb():
+    assert decode_jpeg(encode_jpeg(np.full((8, 8), 77, dtype=np.uint8))).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "png"])
+def test_what_is_no_whole_jpeg_is_a_value_error(damage):
+    whole = encode_jpeg(np.random.default_rng(0).integers(0, 256, size=(64, 64, 3), dtype=np.uint8))
+    data = {"empty": b"", "text": b"hello" * 9, "cut": whole[: len(whole) // 2], "png": b"\x89PNG\r\n\x1a\n" + whole}
+    with pytest.raises(ValueError, match="not a whole JPEG"):
+        decode_jpeg(data[damage])
