@@ -1,0 +1,172 @@
+"""Safetensors files written as a stream, and the records (size, sha256) by which any file is trusted later.
+
+safetensors' own ``save_file`` wants every tensor in memory at once. A shard of a large model lives on an accelerator, a
+consolidated one in many files, so here the header is written first, from shapes alone, and the tensors follow one by
+one. The format: 8 bytes of header length, a JSON header (name -> dtype, shape, byte range), then the values.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+HASH_BLOCK_BYTES = 2**22
+MAX_HASH_THREADS = 8  # sha256 releases the interpreter lock; beyond this the disk is the limit
+
+
+class FileRecord(NamedTuple):
+    bytes: int
+    sha256: str
+
+
+class TensorSource(NamedTuple):
+    """A tensor that is read only when its turn to be written comes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # as written; ``read`` may return another
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorSource":
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    def cast(self, dtype: torch.dtype) -> "TensorSource":
+        return self._replace(dtype=dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorFileWriter:
+    """Header at once, then every tensor in the order of ``specs``; flushed to the disk by ``finish``."""
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._specs = list(specs.values())
+        self._num_written = 0
+        self._sha256 = hashlib.sha256()
+        self._bytes = 0
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by finish() or __exit__
+        # "format" is what transformers asks a safetensors file for.
+        header: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        position = 0
+        for name, (shape, dtype) in specs.items():
+            end = position + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # aligns the values
+        self._write(len(text).to_bytes(8, "little") + text)
+
+    def __enter__(self) -> "TensorFileWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, tensor: Tensor) -> None:
+        """The next tensor, cast to the dtype promised for it."""
+        shape, dtype = self._specs[self._num_written]
+        assert tuple(tensor.shape) == shape, (tuple(tensor.shape), shape)
+        self._num_written += 1
+        values = tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
+        self._write(values.numpy().data)
+
+    def finish(self) -> FileRecord:
+        assert self._num_written == len(self._specs), "a promised tensor was not written"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord(self._bytes, self._sha256.hexdigest())
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self._bytes += len(data)
+
+
+def write_tensor_file(
+    path: Path, sources: Mapping[str, TensorSource], metadata: Mapping[str, str] | None = None
+) -> FileRecord:
+    """All of ``sources``, one in memory at a time."""
+    specs = {name: (source.shape, source.dtype) for name, source in sources.items()}
+    with TensorFileWriter(path, specs, metadata) as writer:
+        for source in sources.values():
+            writer.write(source.read())
+        return writer.finish()
+
+
+def write_text(path: Path, text: str) -> FileRecord:
+    """A small file, flushed to the disk."""
+    data = text.encode()
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def record_file(path: Path) -> FileRecord:
+    """Size and checksum of a file that is there already."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            sha256.update(block)
+        return FileRecord(file.tell(), sha256.hexdigest())
+
+
+def record_files(paths: list[Path]) -> list[FileRecord]:
+    with ThreadPoolExecutor(MAX_HASH_THREADS) as pool:
+        return list(pool.map(record_file, paths))
+
+
+def file_problems(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
+    """What is wrong with ``files`` (relative names) in words: missing, of another size, or changed; [] if all is well.
+
+    Sizes first: they find a truncated file without reading gigabytes.
+    """
+    problems = []
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != record.bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {record.bytes}")
+    if problems:
+        return problems
+    found = record_files([folder / name for name in files])
+    return [
+        f"{name} was changed or damaged (its checksum differs)"
+        for (name, record), now in zip(files.items(), found, strict=True)
+        if now.sha256 != record.sha256
+    ]
