@@ -1,8 +1,8 @@
 """The one batch contract: what the loader makes, what every model and loss reads.
 
 NamedTuples, never dataclasses: ZeRO-3's backward hooks walk only tuples, lists and dicts, and a module that takes or
-returns a dataclass crashes in backward. Shapes are fixed for a run; what a sample lacks is zero-filled and masked, so that
-the composition of a batch never changes the graph.
+returns a dataclass crashes in backward. Shapes are fixed for a run; what a sample lacks is zero-filled and masked, so
+that the composition of a batch never changes the graph.
 
     B samples   C camera slots   H chunk_size   A max_action_dim   S max_state_dim   L max_prompt_tokens
     F flow draws per sample (model.flow_samples)   P image side in pixels

@@ -7,3 +7,7 @@ and keeps its traceback.
 
 class UsageError(ValueError):
     """Something the user gave is wrong. The message is one line: what, where, and how to mend it."""
+
+
+class RunFailed(RuntimeError):
+    """A run cannot go on (it keeps diverging, a disk is full). One line as well, exit code 1; checkpoints are safe."""

@@ -15,11 +15,11 @@ from torch import Tensor
 from recap_ds.algo.returns import ReturnRule, TaskScale, TdWindow, monte_carlo_return, td_window
 from recap_ds.batch import Observation, TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
-from recap_ds.data.normalize import Normalizer
 from recap_ds.data.sample import SampleArrays, SampleDecoder, View
 from recap_ds.data.shard_set import ShardSet
-from recap_ds.data.tokens import Tokenizer, encode_prompts
 from recap_ds.errors import UsageError
+from recap_ds.processing.normalize import Normalizer
+from recap_ds.processing.tokens import Tokenizer, encode_prompts
 
 
 class BatchDraws(NamedTuple):

@@ -1,7 +1,7 @@
 """What every producer of data hands to the shard writer: whole episodes, one at a time.
 
-The LeRobot importer, the synthetic maker and, later, collection in a simulator all end here, so that the rules of the shard
-format (windows, control changes, outcomes) stand in one place: ``writer.py``.
+The LeRobot importer, the synthetic maker and, later, collection in a simulator all end here, so that the rules of the
+shard format (windows, control changes, outcomes) stand in one place: ``writer.py``.
 """
 
 from collections.abc import Callable

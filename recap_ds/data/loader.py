@@ -21,13 +21,13 @@ from recap_ds.batch import TransitionBatch
 from recap_ds.config import BatchSizes, PiStarRECAPConfig
 from recap_ds.data.assemble import Assembler, BatchDraws
 from recap_ds.data.draws import training_draws
-from recap_ds.data.normalize import Normalizer
 from recap_ds.data.order import SampleOrder
 from recap_ds.data.sample import SampleArrays
 from recap_ds.data.shard_set import DamagedSample, ShardSet
-from recap_ds.data.tokens import Tokenizer
 from recap_ds.data.workers import worker_options
 from recap_ds.errors import UsageError
+from recap_ds.processing.normalize import Normalizer
+from recap_ds.processing.tokens import Tokenizer
 
 # Replacements tried for one slot. With one sample in ten damaged, all fail once in 10^16 slots.
 MAX_ATTEMPTS = 16

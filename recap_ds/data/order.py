@@ -171,6 +171,12 @@ class SampleOrder:
             ids[rows] = self._epochs[int(number)].samples(k[rows])
         return source, ids
 
+    def epochs(self, slot: int) -> dict[str, float]:
+        """Source name -> epochs of it that the first ``slot`` slots take, to within a block."""
+        names = {number: name for name, number in SOURCE_IDS.items()}
+        share = self.mixture.quotas / BLOCK_SLOTS
+        return {names[number]: slot * share[number] / len(part.kept.ids) for number, part in self._epochs.items()}
+
     def replacement(self, source: int, slot: int, attempt: int) -> int:
         """A sample id of the same source to stand in for a damaged one; another per ``attempt``."""
         ids = self._epochs[source].kept.ids

@@ -14,9 +14,9 @@ import numpy as np
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.images import decode_jpeg, resize_with_padding
 from recap_ds.data.manifest import Manifest
-from recap_ds.data.normalize import Normalizer
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.errors import UsageError
+from recap_ds.processing.normalize import Normalizer
 
 
 class View(NamedTuple):

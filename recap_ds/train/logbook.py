@@ -1,6 +1,7 @@
-"""Where metrics go: metrics.jsonl always, wandb where wanted, a progress bar or plain lines. Rank 0 only; else silent."""
+"""Where metrics go: metrics.jsonl always, wandb where wanted, a progress bar or plain lines. Other ranks are silent."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -57,9 +58,7 @@ class Logbook:
         if not self._is_main:
             return
         assert self._file is not None, "the logbook is not open"
-        finite = {
-            name: value if value == value and abs(value) != float("inf") else None for name, value in metrics.items()
-        }
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         if self._wandb is not None:

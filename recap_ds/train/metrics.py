@@ -54,7 +54,9 @@ class StepMetrics:
         positive = labelled & (output.indicator == INDICATOR_IDS["positive"])
         task_columns = torch.stack([labelled, positive, forced, batch.sample_valid], dim=1).double()
         self._task.index_add_(0, batch.task, task_columns)
-        source_weight = torch.tensor(self._config.recap.source_weights, device=batch.source.device)[batch.source]
+        # From Python numbers: a table made here would be copied to the device, and the host would wait for it.
+        weights = enumerate(self._config.recap.source_weights)
+        source_weight = sum(weight * (batch.source == source) for source, weight in weights)
         clipped = output.weight >= source_weight * MAX_EXTRACTION_WEIGHT
         self._scalar += torch.stack(
             [

@@ -6,9 +6,9 @@ import torch
 
 from recap_ds.batch import CONTROL_IDS, NUM_AUGMENTATION_DRAWS, OUTCOME_IDS, SOURCE_IDS
 from recap_ds.data.assemble import Assembler, BatchDraws
-from recap_ds.data.normalize import Affine, Normalizer
-from recap_ds.data.tokens import ByteTokenizer, encode_prompts
 from recap_ds.errors import UsageError
+from recap_ds.processing.normalize import Affine, Normalizer
+from recap_ds.processing.tokens import ByteTokenizer, encode_prompts
 from tests.data.tiny_shards import flat_episode, scale_of, tiny_config, write_tiny
 
 G = 0.99 ** (1 / 4)  # per frame, of a chunk of 4

@@ -11,10 +11,10 @@ from recap_ds.batch import SOURCE_IDS, TransitionBatch, map_tensors
 from recap_ds.config import BatchSizes, PiStarRECAPConfig
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.loader import MAX_ATTEMPTS, TransitionDataset, build_train_loader
-from recap_ds.data.normalize import Normalizer
 from recap_ds.data.shard_set import ShardSet
-from recap_ds.data.tokens import ByteTokenizer
 from recap_ds.errors import UsageError
+from recap_ds.processing.normalize import Normalizer
+from recap_ds.processing.tokens import ByteTokenizer
 from tests.data.tiny_shards import flat_episode, mixed_set, scale_of, tiny_config, write_tiny
 
 
@@ -25,7 +25,7 @@ def shards(tmp_path_factory) -> ShardSet:
 
 def dataset_of(shard_set: ShardSet, config: PiStarRECAPConfig, damage_log: Path | None = None) -> TransitionDataset:
     manifest = shard_set.manifest
-    normalizer = Normalizer.from_manifest(manifest, config)
+    normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
     return TransitionDataset(shard_set, config, ByteTokenizer(), normalizer, scale_of(config, manifest), damage_log)
 
 

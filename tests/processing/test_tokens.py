@@ -5,8 +5,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from recap_ds.data.tokens import ByteTokenizer, build_tokenizer, encode_prompts
 from recap_ds.errors import UsageError
+from recap_ds.processing.tokens import ByteTokenizer, build_tokenizer, encode_prompts
 
 
 @pytest.fixture

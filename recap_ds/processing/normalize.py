@@ -7,17 +7,27 @@ padded with zeros to a fixed width, so that robots can share it; ``unnormalize``
     D dims of the robot   W width the model works at
 """
 
-from typing import Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from recap_ds.config import PiStarRECAPConfig
-from recap_ds.data.manifest import FeatureName, Manifest
-from recap_ds.data.stats import FeatureStats
 
 MIN_SPREAD = 1e-3  # of the std, or of q99 - q01, in the data's own units
 QUANTILE_EPSILON = 1e-6
+
+
+class Statistics(Protocol):
+    """Of one feature, per dim, in the data's own units; the manifest's FeatureStats is one."""
+
+    num_dims: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    q01: Sequence[float]
+    q99: Sequence[float]
+
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -30,7 +40,7 @@ class Affine(NamedTuple):
     width: int  # W >= D
 
     @classmethod
-    def of(cls, stats: FeatureStats, method: Literal["mean_std", "quantile"], width: int) -> "Affine":
+    def of(cls, stats: Statistics, method: Literal["mean_std", "quantile"], width: int) -> "Affine":
         assert width >= stats.num_dims, (width, stats.num_dims)
         if method == "mean_std":
             center, scale = np.array(stats.mean), np.array(stats.std)
@@ -64,16 +74,13 @@ class Normalizer(NamedTuple):
     actions: Affine
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, config: PiStarRECAPConfig) -> "Normalizer":
-        """Over all sources together: every source must mean the same thing by the same number."""
-
-        def affine(feature: FeatureName, width: int) -> Affine:
-            return Affine.of(manifest.merged_statistics(feature), config.data.normalization, width)
-
+    def of(cls, state: Statistics, actions: Statistics, config: PiStarRECAPConfig) -> "Normalizer":
+        """From statistics over all sources together: every source must mean the same thing by the same number."""
+        method = config.data.normalization
         return cls(
-            config.data.normalization,
-            state=affine("state", config.max_state_dim),
-            actions=affine("actions", config.max_action_dim),
+            method,
+            state=Affine.of(state, method, config.max_state_dim),
+            actions=Affine.of(actions, method, config.max_action_dim),
         )
 
     def to_dict(self) -> dict:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from recap_ds.data.normalize import Affine, Normalizer
 from recap_ds.data.stats import FeatureStats
+from recap_ds.processing.normalize import Affine, Normalizer
 from tests.data.tiny_shards import flat_episode, tiny_config, write_tiny
 
 
@@ -75,7 +75,9 @@ def test_json_round_trip_is_exact(skewed):
 
 def test_statistics_are_those_of_all_sources_together(tmp_path):
     shard_set = write_tiny(tmp_path, [flat_episode(0, 6), flat_episode(3, 10, source="auto")])
-    normalizer = Normalizer.from_manifest(shard_set.manifest, tiny_config())
+    normalizer = Normalizer.of(
+        shard_set.manifest.merged_statistics("state"), shard_set.manifest.merged_statistics("actions"), tiny_config()
+    )
     actions = np.concatenate([np.arange(6), 30 + np.arange(10)])
     np.testing.assert_allclose(normalizer.actions.center[0], actions.mean(), rtol=1e-6)
     np.testing.assert_allclose(normalizer.actions.scale[0], actions.std(), rtol=1e-6)

@@ -1,0 +1,8 @@
+"""Evaluate: ``deepspeed launch/evaluate.py --checkpoint EXPORT --shards FOLDER [section.key=value ...]``."""
+
+import sys
+
+from recap_ds.cli.evaluate import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

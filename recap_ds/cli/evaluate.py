@@ -1,0 +1,44 @@
+"""``launch/evaluate.py``: parse, build, call."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from recap_ds.cli.errors import Parser, run_program
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="evaluate.py", description="Evaluate an export on held-out episodes of a shard folder.")
+    parser.add_argument("--checkpoint", required=True, metavar="EXPORT", help="folder made by recap-ds consolidate")
+    parser.add_argument("--shards", required=True, metavar="FOLDER", help="folder of shards")
+    parser.add_argument("--out", metavar="JSON", help="default: evaluation_results.json in the export's folder")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="evaluation.* and data.* settings")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    parsed = build_parser().parse_intermixed_args(arguments)
+    from recap_ds.distributed.runtime import read_rank_info, start_runtime, stop_runtime
+    from recap_ds.evaluate.results import RESULTS_NAME, evaluate_dataset, open_held_out, results_table, write_results
+    from recap_ds.models.pretrained import load_pretrained
+    from recap_ds.processing.normalize import Normalizer
+
+    info = read_rank_info()
+    policy, contract, tokenizer = load_pretrained(Path(parsed.checkpoint), overrides=parsed.overrides)
+    assembler, tasks = open_held_out(policy.config, contract, tokenizer, parsed.shards)
+    runtime = start_runtime(info)
+    policy.to(runtime.device)
+    normalizer = Normalizer.from_dict(contract.normalizer)
+    evaluation = evaluate_dataset(policy, assembler, tasks, normalizer, runtime)
+    if info.is_main:
+        out = Path(parsed.out) if parsed.out else Path(parsed.checkpoint) / RESULTS_NAME
+        write_results(out, parsed.checkpoint, parsed.shards, evaluation)
+        print(results_table(evaluation))
+        print(f"written: {out}")
+    stop_runtime()
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    return run_program(run, arguments)

@@ -1,0 +1,31 @@
+"""The console command ``recap-ds``: one verb per module of this folder. Parses and calls; no logic lives here."""
+
+import sys
+from collections.abc import Sequence
+
+from recap_ds import __version__
+from recap_ds.cli import consolidate, shards
+from recap_ds.cli.errors import Parser, run_program
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="recap-ds", description="RECAP for vision-language-action models: data, checkpoints, exports.")
+    parser.add_argument("--version", action="version", version=f"recap-ds {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
+    shards.add_parser(verbs)
+    consolidate.add_parser(verbs)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    parsed = build_parser().parse_args(arguments)
+    return parsed.run(parsed)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of ``recap-ds``: 0 done, 1 findings or a failed run, 2 wrong input."""
+    return run_program(run, sys.argv[1:] if arguments is None else arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""``launch/train.py``: parse, build, call."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from recap_ds.cli.errors import Parser, run_program
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="train.py",
+        description="Train a RECAP policy under DeepSpeed. Without --config: the embedded quickstart.",
+        epilog="example: deepspeed launch/train.py --deepspeed ds_configs/zero3.json "
+        "--config launch/recipes/metaworld_tiny.yaml data.shards=data/mw training.batch_size=16",
+    )
+    # Our own flag: DeepSpeed's add_config_arguments would make it a boolean and drop the path.
+    parser.add_argument("--deepspeed", metavar="JSON", required=True, help="DeepSpeed configuration, see ds_configs/")
+    parser.add_argument("--config", metavar="YAML", help="recipe, see launch/recipes/")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the recipe's")
+    return parser
+
+
+def run(arguments: Sequence[str], quickstart: Path) -> int:
+    parsed = build_parser().parse_intermixed_args(arguments)
+    from recap_ds.distributed.runtime import read_rank_info, stop_runtime
+    from recap_ds.recipe import load_config
+    from recap_ds.train.quickstart import ensure_quickstart_shards
+    from recap_ds.train.session import plan_session
+
+    info = read_rank_info()
+    config = load_config(parsed.config or quickstart, parsed.overrides)
+    if parsed.config is None:
+        ensure_quickstart_shards(config, info)
+    plan = plan_session(config, parsed.deepspeed, info)
+    summary = plan.run.finished_summary()
+    if summary is None:
+        from recap_ds.train.loop import train
+        from recap_ds.train.session import start_session
+
+        summary = train(start_session(plan))
+        stop_runtime()
+    if info.is_main:
+        print(json.dumps(summary, indent=1))
+        print(f"next: recap-ds consolidate {plan.run.path} exports/{config.name}")
+    return 0
+
+
+def main(arguments: Sequence[str], quickstart: Path) -> int:
+    """Exit code of ``launch/train.py``; ``quickstart`` is the recipe used without --config."""
+    return run_program(lambda given: run(given, quickstart), arguments)

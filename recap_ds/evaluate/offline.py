@@ -1,0 +1,160 @@
+"""Held-out evaluation, second half: per-sample records -> the figures people judge a run by.
+
+Action errors are in the robot's own units, open loop: the sampled chunk against the recorded one. Their yardstick is
+the best constant, the task's mean action over the same held-out samples. Value figures compare V with the Monte-Carlo
+return.
+
+    N samples   H chunk   A action dims
+"""
+
+from typing import Any
+
+import numpy as np
+
+from recap_ds.algo.advantage import INDICATOR_IDS
+from recap_ds.batch import OUTCOME_IDS, SOURCE_IDS
+from recap_ds.config import PiStarRECAPConfig
+from recap_ds.evaluate.records import Records
+from recap_ds.evaluate.statistics import rank_correlation, separation
+from recap_ds.processing.normalize import Normalizer
+
+VALUE_FIGURES = ("mae", "rank_correlation", "separation", "shuffled_image_gap")
+
+
+def summarise(records: Records, config: PiStarRECAPConfig, tasks: list[str], normalizer: Normalizer) -> dict[str, Any]:
+    """The ``dataset_evaluation`` of evaluation_results.json; None where a figure has no data."""
+    # Same weights as in training, so that total_loss is comparable with train/loss (weighted extraction aside).
+    weights = np.array(config.recap.source_weights)[records.source]
+    conditioned = records.flow_loss[:, INDICATOR_IDS["positive"]]
+    td = records.td_valid
+    v_loss, q_loss = _mean(records.v_loss[td]), _mean(records.q_loss[td])
+    iql = config.iql
+    total = (
+        iql.policy_loss_weight * float((weights * conditioned).mean())
+        + iql.v_loss_weight * (v_loss or 0.0)
+        + iql.q_loss_weight * (q_loss or 0.0)
+    )
+    return {
+        "total_loss": total,
+        "v_loss": v_loss,
+        "q_loss": q_loss,
+        "policy_loss": _mean(conditioned),
+        "q_values": _distribution(records.q[td]),
+        "v_values": _distribution(records.v),
+        "advantages": _distribution((records.q - records.v)[td]),
+        "num_samples": len(records.task),
+        "flow_loss": _flow_losses(records),
+        "actions": action_errors(records, normalizer),
+        "value": {
+            "all": value_figures(records, np.ones(len(records.task), bool)),
+            "tasks": {name: value_figures(records, records.task == index) for index, name in enumerate(tasks)},
+        },
+    }
+
+
+def flat_metrics(summary: dict[str, Any]) -> dict[str, float]:
+    """The few figures that training logs, as eval/... metrics."""
+    value, errors = summary["value"]["all"], summary["actions"]
+    metrics = {
+        "eval/loss": summary["total_loss"],
+        "eval/policy_loss": summary["policy_loss"],
+        "eval/q_loss": summary["q_loss"],
+        "eval/v_loss": summary["v_loss"],
+        "eval/conditioning_gap": summary["flow_loss"]["conditioning_gap"],
+        **{
+            f"eval/value_{name}": value[name]
+            for name in ("mae", "rank_correlation", "separation", "shuffled_image_gap")
+        },
+        **{f"eval/action_error/{group}": figures["error"] for group, figures in errors.items()},
+        **{f"eval/action_error_ratio/{group}": figures["ratio"] for group, figures in errors.items()},
+    }
+    return {name: number for name, number in metrics.items() if number is not None}
+
+
+def _flow_losses(records: Records) -> dict[str, float]:
+    """By indicator; the gap is how much worse the opposite indicator predicts what was done, in relative terms."""
+    means = {name: float(records.flow_loss[:, index].mean()) for name, index in INDICATOR_IDS.items()}
+    sources = {
+        name: _mean(records.flow_loss[records.source == index, INDICATOR_IDS["positive"]])
+        for name, index in SOURCE_IDS.items()
+    }
+    gap = (means["negative"] - means["positive"]) / means["positive"]
+    return {**means, "conditioning_gap": gap, "positive_by_source": sources}
+
+
+def action_errors(records: Records, normalizer: Normalizer) -> dict[str, Any]:
+    """Mean absolute open-loop error per group of sources, with the best constant's and their ratio.
+
+    ``demo_and_human`` joins demonstrations with human-controlled frames: what a policy can be expected to predict
+    (the noise of autonomous actions cannot be).
+    """
+    groups = {name: records.source == index for name, index in SOURCE_IDS.items()}
+    groups["demo_and_human"] = groups["demo"] | groups["intervention"]
+    groups["all"] = np.ones(len(records.task), bool)
+    return {name: _action_error(records, keep, normalizer) for name, keep in groups.items() if keep.any()}
+
+
+def _action_error(records: Records, keep: np.ndarray, normalizer: Normalizer) -> dict[str, Any]:
+    true, sampled, free = (
+        normalizer.actions.unnormalize(values[keep].astype(np.float32)).astype(np.float64)
+        for values in (records.true_actions, records.actions, records.unconditioned_actions)
+    )
+    mask = records.action_mask[keep][:, :, : true.shape[-1]]
+    error = np.abs(sampled - true)
+    baseline = np.abs(_task_mean(true, mask, records.task[keep]) - true)
+    mean_error, mean_baseline = _masked_mean(error, mask), _masked_mean(baseline, mask)
+    rmse, baseline_rmse = (np.sqrt(_masked_mean(values**2, mask)) for values in (error, baseline))
+    return {
+        "error": float(mean_error),
+        "constant_error": float(mean_baseline),
+        "ratio": float(mean_error / mean_baseline) if mean_baseline > 0 else None,
+        "rmse": float(rmse),
+        "constant_rmse": float(baseline_rmse),
+        "error_by_dim": _masked_mean(error, mask, axis=(0, 1)).tolist(),
+        "error_by_frame": _masked_mean(error, mask, axis=(0, 2)).tolist(),
+        # Does the indicator reach the action: mean distance between conditioned and unconditioned chunks.
+        "indicator_effect": float(_masked_mean(np.abs(sampled - free), mask)),
+        "num_samples": int(keep.sum()),
+    }
+
+
+def _task_mean(actions: np.ndarray, mask: np.ndarray, task: np.ndarray) -> np.ndarray:
+    """[N, 1, A]: every sample's task-mean action over valid frames."""
+    mean = np.zeros((len(actions), 1, actions.shape[-1]))
+    for index in np.unique(task):
+        rows = task == index
+        mean[rows] = _masked_mean(actions[rows], mask[rows], axis=(0, 1))
+    return mean
+
+
+def value_figures(records: Records, keep: np.ndarray) -> dict[str, float | int | None]:
+    """How V orders and measures the samples of ``keep`` [N] against their Monte-Carlo returns."""
+    keep = keep & records.mc_valid
+    v, returns, shuffled = records.v[keep], records.mc_return[keep], records.v_shuffled[keep]
+    success, failure = (records.outcome[keep] == OUTCOME_IDS[name] for name in ("success", "failure"))
+    mae = _mean(np.abs(v - returns))
+    return {
+        "num_samples": int(keep.sum()),
+        "mae": mae,
+        "constant_mae": _mean(np.abs(returns - np.median(returns))) if len(returns) else None,
+        "rank_correlation": rank_correlation(v, returns),
+        "separation": separation(v[success], v[failure]),
+        # How much worse V does with another sample's images; about 0 means it does not look.
+        "shuffled_image_gap": _mean(np.abs(shuffled - returns)) / mae - 1.0 if mae else None,
+    }
+
+
+def _distribution(values: np.ndarray) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    low, middle, high = np.quantile(values, [0.05, 0.5, 0.95]).tolist()
+    return {"mean": float(values.mean()), "std": float(values.std()), "p05": low, "p50": middle, "p95": high}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _masked_mean(values: np.ndarray, mask: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray:
+    """Mean where ``mask``; 0 where nothing is."""
+    return (values * mask).sum(axis=axis) / np.maximum(mask.sum(axis=axis), 1)

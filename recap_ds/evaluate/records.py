@@ -1,0 +1,83 @@
+"""Held-out evaluation, first half: run the model over every rank's batches and bring the per-sample results together.
+
+``forward`` is an engine (during training) or a plain replica of an export; this file cannot tell.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recap_ds.batch import TransitionBatch, to_device
+from recap_ds.distributed.reduce import gather_flat
+from recap_ds.models.losses import EvaluationOutput
+
+Forward = Callable[[TransitionBatch], EvaluationOutput]
+
+
+class Records(NamedTuple):
+    """Per-sample results of all ranks, padding removed. N samples   H chunk   A action dims"""
+
+    task: np.ndarray  # [N] int
+    source: np.ndarray  # [N] int
+    control: np.ndarray  # [N] int
+    outcome: np.ndarray  # [N] int
+    mc_return: np.ndarray  # [N]
+    mc_valid: np.ndarray  # [N] bool
+    td_valid: np.ndarray  # [N] bool
+    q_loss: np.ndarray  # [N]
+    v_loss: np.ndarray  # [N]
+    q: np.ndarray  # [N]
+    v: np.ndarray  # [N]
+    v_shuffled: np.ndarray  # [N]
+    flow_loss: np.ndarray  # [N, 3], by INDICATOR_IDS
+    actions: np.ndarray  # [N, H, A], sampled with the positive indicator, normalised
+    unconditioned_actions: np.ndarray  # [N, H, A]
+    true_actions: np.ndarray  # [N, H, A]
+    action_mask: np.ndarray  # [N, H, A] bool, True = a valid frame and a real dim
+
+
+@torch.no_grad()
+def collect_records(forward: Forward, batches: Iterable[TransitionBatch], device: torch.device) -> Records:
+    """Collective: every rank must call, with the same number of batches."""
+    columns: list[list[Tensor]] = []
+    valid: list[Tensor] = []
+    for host_batch in batches:
+        batch = to_device(host_batch, device)
+        columns.append([column.double() for column in _columns(batch, forward(batch))])
+        valid.append(batch.sample_valid)
+    keep = gather_flat(torch.cat(valid)).cpu().numpy()
+    gathered = []
+    for parts in zip(*columns, strict=True):
+        local = torch.cat(parts)
+        whole = gather_flat(local.flatten()).view(-1, *local.shape[1:])
+        gathered.append(whole.cpu().numpy()[keep])
+    records = Records(*gathered)
+    integers = {name: getattr(records, name).astype(np.int64) for name in ("task", "source", "control", "outcome")}
+    masks = {name: getattr(records, name).astype(bool) for name in ("mc_valid", "td_valid", "action_mask")}
+    return records._replace(**integers, **masks)
+
+
+def _columns(batch: TransitionBatch, output: EvaluationOutput) -> Records:
+    """This micro-batch's rows, as tensors in the order of ``Records``."""
+    return Records(
+        task=batch.task,
+        source=batch.source,
+        control=batch.control,
+        outcome=batch.outcome,
+        mc_return=batch.mc_return,
+        mc_valid=batch.mc_valid,
+        td_valid=batch.td_valid,
+        q_loss=output.q_loss,
+        v_loss=output.v_loss,
+        q=output.q,
+        v=output.v,
+        v_shuffled=output.v_shuffled,
+        flow_loss=output.flow_loss,
+        actions=output.actions,
+        unconditioned_actions=output.unconditioned_actions,
+        true_actions=batch.actions,
+        action_mask=batch.action_valid[:, :, None] & batch.action_dim_mask[:, None, :],
+    )

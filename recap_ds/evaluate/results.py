@@ -1,0 +1,94 @@
+"""Evaluate an export or a checkpoint on shards, spread over ranks, and write evaluation_results.json.
+
+No engine: every rank holds a plain replica and takes its share of the batches. The figures do not depend on how many
+ranks there are.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recap_ds.algo.advantage import AdvantageScale
+from recap_ds.algo.returns import TaskScale
+from recap_ds.batch import TransitionBatch
+from recap_ds.config import PiStarRECAPConfig
+from recap_ds.data.assemble import Assembler
+from recap_ds.data.held_out import EvaluationBatches
+from recap_ds.data.sample import check_data_matches
+from recap_ds.data.shard_set import ShardSet
+from recap_ds.distributed.runtime import Runtime
+from recap_ds.errors import UsageError
+from recap_ds.evaluate.offline import summarise
+from recap_ds.evaluate.records import collect_records
+from recap_ds.models.losses import EvaluationOutput, normalizers
+from recap_ds.models.policy import PiStarRECAPPolicy
+from recap_ds.processing.contract import RobotContract
+from recap_ds.processing.normalize import Normalizer
+from recap_ds.processing.tokens import Tokenizer
+
+RESULTS_NAME = "evaluation_results.json"
+
+
+def open_held_out(
+    config: PiStarRECAPConfig, contract: RobotContract, tokenizer: Tokenizer, shards: str
+) -> tuple[Assembler, list[str]]:
+    """The shards, read as the policy was trained: its normalisation, its L_task. UsageError where they do not fit."""
+    shard_set = ShardSet.open(shards)
+    manifest = shard_set.manifest
+    check_data_matches(config, manifest)
+    unknown = [name for name in manifest.tasks if name not in contract.tasks]
+    if unknown:
+        raise UsageError(f"--shards {shards}: task '{unknown[0]}' is not one the policy was trained on")
+    lengths = torch.tensor([contract.tasks[name].max_length for name in manifest.tasks], dtype=torch.float64)
+    c_fail = config.value.c_fail
+    cost = lengths if c_fail is None else torch.full_like(lengths, c_fail)
+    normaliser = lengths if config.value.normaliser == "max_length" else lengths + cost
+    normalizer = Normalizer.from_dict(contract.normalizer)
+    scale = TaskScale(lengths, cost, normaliser)
+    return Assembler(shard_set, config, tokenizer, normalizer, scale), list(manifest.tasks)
+
+
+def evaluate_dataset(
+    policy: PiStarRECAPPolicy, assembler: Assembler, tasks: list[str], normalizer: Normalizer, runtime: Runtime
+) -> dict[str, Any]:
+    """``dataset_evaluation`` over the held-out samples. Collective: every rank must call."""
+    config, device = policy.config, runtime.device
+    batches = EvaluationBatches(assembler, config, rank=runtime.info.rank, world=runtime.info.world)
+    if not len(batches):
+        raise UsageError("data.held_out_fraction: no held-out samples in these shards; use a larger fraction")
+    scale = AdvantageScale(*(torch.zeros(len(tasks), device=device) for _ in range(3)))
+    unused = normalizers(torch.ones(2, device=device))
+
+    def forward(batch: TransitionBatch) -> EvaluationOutput:
+        return policy(batch, "evaluate", scale, unused, False)
+
+    return summarise(collect_records(forward, batches, device), config, tasks, normalizer)
+
+
+def write_results(path: Path, checkpoint: str, shards: str, evaluation: dict[str, Any]) -> None:
+    results = {"checkpoint": checkpoint, "dataset_path": shards, "dataset_evaluation": evaluation}
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def results_table(evaluation: dict[str, Any]) -> str:
+    """A few lines for people."""
+    lines = [f"{evaluation['num_samples']} held-out samples"]
+    lines.append("  ".join(f"{name} {_number(evaluation[name])}" for name in ("policy_loss", "q_loss", "v_loss")))
+    for group, figures in evaluation["actions"].items():
+        lines.append(
+            f"action error  {group:<16} {figures['error']:.4f}, task's mean action {figures['constant_error']:.4f}, "
+            f"ratio {_number(figures['ratio'])}  ({figures['num_samples']} samples)"
+        )
+    for name, figures in {"all tasks": evaluation["value"]["all"], **evaluation["value"]["tasks"]}.items():
+        lines.append(
+            f"value  {name:<24} mae {_number(figures['mae'])} (constant {_number(figures['constant_mae'])})  "
+            f"rank correlation {_number(figures['rank_correlation'])}  separation {_number(figures['separation'])}  "
+            f"shuffled-image gap {_number(figures['shuffled_image_gap'])}"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,207 @@
+"""The training loop.
+
+All that a run has to remember is ``Progress``, the engine's tiles, the shadows and the advantage ring; the data stream
+is a function of ``next_slot``. So an interrupted run continues as if it had not been.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from recap_ds.checkpoint.resume import find_checkpoint, load_checkpoint
+from recap_ds.checkpoint.save import save_checkpoint
+from recap_ds.data.held_out import EvaluationBatches
+from recap_ds.data.loader import build_train_loader
+from recap_ds.distributed.build import whole_numel
+from recap_ds.distributed.runtime import accelerator_is_cpu
+from recap_ds.errors import RunFailed, UsageError
+from recap_ds.train.evaluation import evaluate_held_out
+from recap_ds.train.logbook import Logbook
+from recap_ds.train.metrics import StepMetrics
+from recap_ds.train.session import Session
+from recap_ds.train.step import StepResult, record_skipped, take_step
+from recap_ds.train.timing import StepTimes
+
+# Damage is judged over at least this many samples, so that one early hit does not end a long run.
+MIN_SAMPLES_FOR_DAMAGE = 1000
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers of the loop; plain JSON."""
+
+    step: int = 0  # optimizer steps taken, applied or skipped
+    next_slot: int = 0
+    samples_seen: int = 0
+    replaced_samples: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None  # lowest eval/loss so far
+    wandb_id: str | None = None
+
+
+def train(session: Session) -> dict[str, Any]:
+    """Train to the end and return the summary. Collective: every rank must call."""
+    plan, config = session.plan, session.plan.config
+    training, logging = config.training, config.logging
+    progress = resume(session)
+    metrics = StepMetrics(config, plan.tasks, session.runtime.device)
+    times = StepTimes(session.runtime.device)
+    held_out = EvaluationBatches(
+        plan.dataset.assembler, config, rank=plan.info.rank, world=plan.info.world, damage_log=plan.run.damaged
+    )
+    logbook = Logbook(plan.run, logging, training.num_training_steps, config.model_dump(mode="json"), plan.info.is_main)
+    progress.wandb_id = logbook.open(progress.step, progress.wandb_id)
+    announce(session, logbook, progress, held_out)
+    loader = build_train_loader(
+        plan.dataset,
+        config,
+        plan.sizes,
+        plan.info.rank,
+        start_slot=progress.next_slot,
+        num_steps=training.num_training_steps - progress.step,
+        pin_memory=not accelerator_is_cpu(),
+    )
+    batches = iter(loader)
+    evaluation: dict[str, float] = {}
+    while progress.step < training.num_training_steps:
+        times.start()
+        micro_batches = [next(batches) for _ in range(plan.sizes.accumulation)]
+        times.data_ready()
+        last_step = progress.step + 1 == training.num_training_steps
+        log_now = last_step or (progress.step + 1) % logging.every_steps == 0
+
+        result = take_step(session, progress.step, micro_batches, metrics, with_group_norms=log_now)
+        progress.step += 1
+        progress.next_slot += plan.sizes.total
+        progress.samples_seen += plan.sizes.total
+        count_skipped(session, progress, micro_batches, result)
+        times.stop(plan.sizes.total)
+        logbook.tick()
+
+        if log_now:
+            figures = metrics.summarise(result.batch, result.output)
+            progress.replaced_samples += int(figures["data/replaced_samples"])
+            check_damage(session, progress)
+            logbook.write(progress.step, figures | step_figures(session, progress, result) | times.summarise())
+        if held_out.samples.size and (last_step or progress.step % config.evaluation.every_steps == 0):
+            evaluation = evaluate_held_out(session, held_out)
+            logbook.write(progress.step, evaluation)
+        improved = is_best(progress, evaluation)
+        if last_step or improved or progress.step % config.checkpoint.save_every_steps == 0:
+            save(session, progress, best=improved)
+            evaluation = {} if not last_step else evaluation
+    logbook.close()
+    return finish(session, progress, evaluation)
+
+
+def resume(session: Session) -> Progress:
+    """Continue from the newest checkpoint that verifies, or begin. Collective: every rank must call."""
+    plan, runtime = session.plan, session.runtime
+    newest = find_checkpoint(plan.run.checkpoints, runtime)
+    progress = Progress()
+    if newest is not None:
+        state, tensors = load_checkpoint(newest, runtime=runtime, engine=session.engine, shadows=session.shadows)
+        progress = Progress(**state)
+        session.ring.load_state_dict(tensors)
+    if runtime.info.is_main:
+        plan.run.forget_after(progress.step)
+    runtime.barrier()
+    return progress
+
+
+def save(session: Session, progress: Progress, best: bool) -> None:
+    """Collective: every rank must call."""
+    save_checkpoint(
+        session.plan.run.checkpoints,
+        progress.step,
+        runtime=session.runtime,
+        engine=session.engine,
+        shadows=session.shadows,
+        state=asdict(progress),
+        tensors=session.ring.state_dict(),
+        keep=session.plan.config.checkpoint,
+        best=best,
+    )
+
+
+def count_skipped(session: Session, progress: Progress, micro_batches: list, result: StepResult) -> None:
+    """NaN or inf anywhere skips the step on every rank; too many in a row end the run."""
+    if result.applied:
+        progress.skipped_in_a_row = 0
+        return
+    record_skipped(session, progress.step, micro_batches, result)
+    progress.skipped_steps += 1
+    progress.skipped_in_a_row += 1
+    limit = session.plan.config.training.max_skipped_steps
+    if progress.skipped_in_a_row >= limit:
+        raise RunFailed(
+            f"step {progress.step}: {limit} optimizer steps in a row had gradients that are not finite; their "
+            f"samples are in {session.plan.run.skipped}. Lower the learning rate or check them; checkpoints are safe"
+        )
+
+
+def check_damage(session: Session, progress: Progress) -> None:
+    data, run = session.plan.config.data, session.plan.run
+    seen = max(progress.samples_seen, MIN_SAMPLES_FOR_DAMAGE)
+    if progress.replaced_samples > data.max_damaged_fraction * seen:
+        raise UsageError(
+            f"data.shards: {progress.replaced_samples} of {progress.samples_seen} samples were damaged, more than "
+            f"data.max_damaged_fraction={data.max_damaged_fraction}; they are listed in {run.damaged}. Find them all "
+            f"with 'recap-ds shards verify {data.shards}'"
+        )
+
+
+def is_best(progress: Progress, evaluation: dict[str, float]) -> bool:
+    loss = evaluation.get("eval/loss")
+    if loss is None or (progress.best_loss is not None and loss >= progress.best_loss):
+        return False
+    progress.best_loss = loss
+    return True
+
+
+def step_figures(session: Session, progress: Progress, result: StepResult) -> dict[str, float]:
+    groups = session.engine.optimizer.param_groups
+    rates = {group["name"]: group["lr"] for group in groups}
+    epochs = session.plan.dataset.order.epochs(progress.next_slot)
+    norms = dict(zip(rates, result.group_norms.tolist(), strict=True))
+    return {
+        "train/lr": rates["action_expert"],
+        **{f"train/lr/{name}": rate for name, rate in rates.items()},
+        "train/grad_norm": float(result.grad_norm),
+        **{f"train/grad_norm/{name}": norm for name, norm in norms.items()},
+        "train/skipped_steps": progress.skipped_steps,
+        "data/samples_seen": progress.samples_seen,
+        "data/replaced_total": progress.replaced_samples,
+        **{f"data/epochs/{name}": number for name, number in epochs.items()},
+    }
+
+
+def announce(session: Session, logbook: Logbook, progress: Progress, held_out: EvaluationBatches) -> None:
+    plan, sizes = session.plan, session.plan.sizes
+    counts = {
+        name: sum(whole_numel(parameter) for parameter in child.parameters())
+        for name, child in session.engine.module.named_children()
+    }
+    logbook.say(plan.precision.text)
+    logbook.say(f"parameters: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
+    logbook.say(
+        f"batch: {sizes.total} = {sizes.micro} x {sizes.accumulation} accumulation x {sizes.world} ranks; "
+        f"{len(held_out.samples)} held-out samples"
+    )
+    logbook.say(f"{'continuing' if progress.step else 'starting'} {plan.run.path} at step {progress.step}")
+
+
+def finish(session: Session, progress: Progress, evaluation: dict[str, float]) -> dict[str, Any]:
+    """Write and return the summary of a finished run."""
+    summary = {
+        "run": str(session.plan.run.path),
+        "step": progress.step,
+        "samples_seen": progress.samples_seen,
+        "skipped_steps": progress.skipped_steps,
+        "replaced_samples": progress.replaced_samples,
+        "evaluation": evaluation,
+    }
+    if session.runtime.info.is_main:
+        session.plan.run.finish(summary)
+    session.runtime.barrier()
+    return summary

@@ -1,0 +1,134 @@
+"""Everything a training run needs, built in the order that fails early: checks first, then the process group.
+
+``plan_session`` reads the user's files and refuses what does not fit; ``start_session`` joins the process group and
+builds the sharded model, engine and shadows. The loop then only loops.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recap_ds.algo.advantage import AdvantageRing
+from recap_ds.algo.returns import TaskScale, value_scale
+from recap_ds.checkpoint.base import base_folder, ensure_base
+from recap_ds.config import BatchSizes, PiStarRECAPConfig, batch_sizes
+from recap_ds.data.loader import TransitionDataset
+from recap_ds.data.sample import check_data_matches
+from recap_ds.data.shard_set import ShardSet
+from recap_ds.distributed.ds_config import Precision, load_ds_config, resolve_ds_config
+from recap_ds.distributed.engine import build_engine
+from recap_ds.distributed.runtime import RankInfo, Runtime, accelerator_is_cpu, start_runtime
+from recap_ds.distributed.shadows import Shadow
+from recap_ds.distributed.sharded_builder import ShardedBuilder
+from recap_ds.errors import UsageError
+from recap_ds.models.policy import PiStarRECAPPolicy
+from recap_ds.models.vlm_weights import load_vlm_config, locate_vlm
+from recap_ds.processing.contract import RobotContract, TaskContract
+from recap_ds.processing.normalize import Normalizer
+from recap_ds.processing.tokens import build_tokenizer
+from recap_ds.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for, checked; nothing built yet. The same on every rank."""
+
+    config: PiStarRECAPConfig
+    info: RankInfo
+    sizes: BatchSizes
+    ds_config: dict[str, Any]
+    precision: Precision
+    run: RunFolder
+    dataset: TransitionDataset
+    normalizer: Normalizer
+    contract: RobotContract
+    tasks: list[str]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A plan with a process group, an engine and the networks that follow its parameters."""
+
+    plan: Plan
+    runtime: Runtime
+    engine: Any  # DeepSpeedEngine; only distributed/ imports its type
+    shadows: dict[str, Shadow]  # "target", and "ema" where there is one
+    ring: AdvantageRing
+    peak_rates: dict[str, float]
+
+
+def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo) -> Plan:
+    """Raises UsageError for everything a user can get wrong."""
+    ds_config = load_ds_config(ds_path)
+    sizes = batch_sizes(config.training, info.world)
+    ds_config, precision = resolve_ds_config(ds_config, config, sizes, accelerator_is_cpu())
+    if config.data.shards is None:
+        raise UsageError("data.shards: name a folder of shards (recap-ds shards import makes one)")
+    shard_set = ShardSet.open(config.data.shards)
+    manifest = shard_set.manifest
+    check_data_matches(config, manifest)
+    tasks = list(manifest.tasks)
+    scale = value_scale(config.value, {name: task.longest for name, task in manifest.tasks.items()}, tasks)
+    folder = locate_vlm(config.model)
+    if folder is not None:
+        load_vlm_config(folder, config.model.image_size)
+    run = RunFolder(config)
+    run.check_continues(config, sizes.total, manifest.content_hash())
+    normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
+    tokenizer = build_tokenizer(config.model.vlm_model_name, config.model.vlm_revision)
+    dataset = TransitionDataset(shard_set, config, tokenizer, normalizer, scale, damage_log=run.damaged)
+    contract = _contract(config, shard_set, normalizer, scale)
+    return Plan(config, info, sizes, ds_config, precision, run, dataset, normalizer, contract, tasks)
+
+
+def _contract(
+    config: PiStarRECAPConfig, shard_set: ShardSet, normalizer: Normalizer, scale: TaskScale
+) -> RobotContract:
+    manifest = shard_set.manifest
+    lengths = scale.max_length.tolist()
+    return RobotContract(
+        cameras=config.data.cameras or manifest.cameras,
+        image_size=config.model.image_size,
+        state_dim=manifest.state_dim,
+        action_dim=manifest.action_dim,
+        fps=manifest.fps,
+        tasks={
+            name: TaskContract(prompt=task.prompt, max_length=round(length))
+            for (name, task), length in zip(manifest.tasks.items(), lengths, strict=True)
+        },
+        normalizer=normalizer.to_dict(),
+        manifest_hash=manifest.content_hash(),
+    )
+
+
+def start_session(plan: Plan) -> Session:
+    """Collective: every rank must call."""
+    config = plan.config
+    runtime = start_runtime(plan.info)
+    if runtime.info.is_main:
+        plan.run.start(config, plan.ds_config, plan.sizes.total, plan.contract.manifest_hash)
+        plan.contract.save(plan.run.path)
+    runtime.barrier()
+    builder = ShardedBuilder(plan.ds_config, runtime.device)
+    policy = PiStarRECAPPolicy(config, builder, vlm_folder=base_folder(plan.run.path))
+    if runtime.info.is_main and policy.vlm.random_init and config.model.freeze_vlm:
+        warnings.warn("the VLM is random and frozen: nothing will ever train it", stacklevel=2)
+    groups = policy.parameter_groups()
+    peak_rates = {group["name"]: group["lr"] for group in groups}
+    engine = build_engine(policy, groups, plan.ds_config, betas=config.training.betas)
+    ensure_base(plan.run.path, engine.module, config, runtime)
+    ring = AdvantageRing(len(plan.tasks), config.recap.advantage_window, runtime.device)
+    return Session(plan, runtime, engine, build_shadows(policy, config), ring, peak_rates)
+
+
+def build_shadows(policy: PiStarRECAPPolicy, config: PiStarRECAPConfig) -> dict[str, Shadow]:
+    """The target critic follows the Q networks; the average, where wanted, every trainable parameter."""
+    prefix = "critic.q."
+    trainable = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    online = {name: parameter for name, parameter in trainable.items() if name.startswith(prefix)}
+    by_name = dict(policy.target_critic.named_parameters())
+    shadows = {"target": Shadow(online, {name: by_name[name.removeprefix(prefix)] for name in online})}
+    if config.training.ema_decay is not None:
+        shadows["ema"] = Shadow(trainable)
+    return shadows

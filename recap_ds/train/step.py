@@ -1,0 +1,118 @@
+"""One optimizer step: micro-batches in, gradients applied or skipped on every rank together.
+
+The order is DeepSpeed's law (``distributed/engine.py``): one forward per backward, stale gradients cleared after the
+boundary, targets and averages moved only where the step was applied. Thresholds used by step s are those of the
+advantages up to s - 1.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recap_ds.algo.advantage import forced_positive
+from recap_ds.batch import TransitionBatch, to_device
+from recap_ds.distributed.engine import global_grad_norm, grad_norms_by_group, step_was_applied, zero_stale_gradients
+from recap_ds.distributed.reduce import gather_flat, sum_over_ranks
+from recap_ds.models.losses import LossNormalizers, TrainOutput, local_counts, normalizers
+from recap_ds.train.metrics import StepMetrics
+from recap_ds.train.optim import learning_rate_factor, set_learning_rates
+from recap_ds.train.session import Session
+
+
+class StepResult(NamedTuple):
+    applied: bool
+    batch: TransitionBatch  # the last micro-batch, on the device, and what came of it
+    output: TrainOutput
+    grad_norm: Tensor  # before clipping; inf where skipped
+    group_norms: Tensor | None  # by optimizer group, where asked for
+
+
+def take_step(
+    session: Session,
+    step: int,
+    micro_batches: Sequence[TransitionBatch],
+    metrics: StepMetrics,
+    with_group_norms: bool,
+) -> StepResult:
+    """Collective: every rank must call."""
+    engine, config = session.engine, session.plan.config
+    factor = learning_rate_factor(step, config.training)
+    set_learning_rates(engine.optimizer.param_groups, session.peak_rates, factor)
+    scale = session.ring.scale(config.recap.positive_fraction, config.recap.advantage_window_min)
+    counts = step_normalizers(micro_batches, session.runtime.device)
+    warming_up = step < config.indicator_warmup_steps
+
+    done: list[tuple[TransitionBatch, TrainOutput]] = []
+    for number, host_batch in enumerate(micro_batches):
+        batch = to_device(host_batch, session.runtime.device)
+        output = engine(batch, "train", scale, counts, warming_up)
+        engine.backward(output.loss)
+        last = number == len(micro_batches) - 1
+        group_norms = grad_norms_by_group(engine) if last and with_group_norms else None
+        engine.step()
+        output = output._replace(loss=output.loss.detach())
+        metrics.add(batch, output)
+        done.append((batch, output))
+    zero_stale_gradients(engine)
+    applied = step_was_applied(engine)
+    if applied:
+        _follow(session, done)
+    return StepResult(applied, *done[-1], global_grad_norm(engine), group_norms)
+
+
+def step_normalizers(micro_batches: Sequence[TransitionBatch], device: torch.device) -> LossNormalizers:
+    """Valid counts of the whole step, as a mean over micro-batches and ranks; the host's own masks, so nothing waits.
+
+    Collective: every rank must call.
+    """
+    counts = torch.stack([local_counts(batch) for batch in micro_batches]).sum(dim=0)
+    shares = torch.cat([counts, torch.tensor([float(len(micro_batches))])]).to(device, non_blocking=True)
+    total = sum_over_ranks(shares)
+    return normalizers(total[:2] / total[2])
+
+
+def _follow(session: Session, done: Sequence[tuple[TransitionBatch, TrainOutput]]) -> None:
+    """After an applied step: targets, averages and the advantage ring move on."""
+    config = session.plan.config
+    session.shadows["target"].lerp(config.iql.target_update_rate)
+    if config.training.ema_decay is not None:
+        session.shadows["ema"].lerp(1.0 - config.training.ema_decay)
+    rows = []
+    for batch, output in done:
+        eligible = batch.td_valid & batch.sample_valid & ~forced_positive(batch.source, config.recap.demos)
+        # float64 holds task ids and slots (below 2^53) exactly, so one gather carries everything.
+        columns = (output.advantage, batch.task, eligible, batch.slot)
+        rows.append(torch.stack([column.double() for column in columns]))
+    local = torch.cat(rows, dim=1).T.contiguous()
+    advantage, task, eligible, slot = gather_flat(local.flatten()).view(-1, 4).unbind(dim=1)
+    session.ring.append(advantage.float(), task.long(), eligible.bool(), slot.long())
+
+
+def record_skipped(session: Session, step: int, micro_batches: Sequence[TransitionBatch], result: StepResult) -> None:
+    """Append this rank's samples of a skipped step to skipped.jsonl, those with a loss that is not finite apart.
+
+    Every rank writes its own line, by one append: no communication.
+    """
+    dataset = session.plan.dataset
+    slots = torch.cat([batch.slot for batch in micro_batches])
+    losses = (result.output.policy_loss, result.output.q_loss, result.output.v_loss)
+    bad = ~torch.stack([loss.isfinite() for loss in losses]).all(dim=0)
+    suspects = result.batch.slot[bad].cpu().numpy()
+    table = dataset.assembler.shard_set
+    names = [str(table.damaged(int(sample), "loss not finite")) for sample in dataset.order.samples(suspects)[1]]
+    line = {
+        "step": step,
+        "rank": session.runtime.info.rank,
+        "first_slot": int(slots.min()),
+        "last_slot": int(slots.max()),
+        "suspects": names,
+    }
+    descriptor = os.open(session.plan.run.skipped, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (json.dumps(line) + "\n").encode())
+    finally:
+        os.close(descriptor)
