@@ -7,6 +7,7 @@ Does not know models, losses or learning-rate schedules: the caller sets ``lr`` 
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 import deepspeed
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from recap_ds.distributed.reduce import sum_over_ranks
 from recap_ds.distributed.runtime import accelerator_is_cpu
+
+NATIVE_TAG = "zero"
 
 
 class ParameterGroup(TypedDict):
@@ -74,15 +77,19 @@ def zero_stale_gradients(engine: DeepSpeedEngine) -> None:
     """
     if engine.micro_steps % engine.gradient_accumulation_steps():
         return
-    optimizer = engine.optimizer
     if zero_stage(engine) == 3:
-        optimizer.grad_partitions_flat_buffer.zero_()
-        masters = optimizer.fp32_partitioned_groups_flat
-    else:
-        masters = optimizer.single_partition_of_fp32_groups
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
     if offloads_optimizer(engine):
-        for master in masters:
+        for master in flat_masters(engine):
             master.grad.zero_()
+
+
+def flat_masters(engine: DeepSpeedEngine) -> list[Tensor]:
+    """This rank's flat fp32 tensors, by which torch's optimizer keys its state: sub-groups, or under ZeRO-2 groups."""
+    optimizer = engine.optimizer
+    return (
+        optimizer.fp32_partitioned_groups_flat if zero_stage(engine) == 3 else optimizer.single_partition_of_fp32_groups
+    )
 
 
 def step_was_applied(engine: DeepSpeedEngine) -> bool:
@@ -112,12 +119,15 @@ def grad_norms_by_group(engine: DeepSpeedEngine) -> Tensor:
 def _local_gradients(engine: DeepSpeedEngine) -> Iterator[tuple[int, list[Tensor]]]:
     """(group, averaged gradient shards of this rank), a pair for every flat partition."""
     optimizer = engine.optimizer
-    stage3 = zero_stage(engine) == 3
-    masters = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
-    for index, master in enumerate(masters):
-        group_index = optimizer.sub_group_to_group_id[index] if stage3 else index
+    for index, master in enumerate(flat_masters(engine)):
+        group_index = optimizer.sub_group_to_group_id[index] if zero_stage(engine) == 3 else index
         gradients = [master.grad] if offloads_optimizer(engine) else list(optimizer.averaged_gradients[index])
         yield group_index, gradients
+
+
+def save_native(engine: DeepSpeedEngine, folder: Path) -> None:
+    """DeepSpeed's own checkpoint in ``folder``, for its ``zero_to_fp32.py``. Collective: every rank must call."""
+    engine.save_checkpoint(str(folder), tag=NATIVE_TAG, client_state={})
 
 
 def destroy_engine(engine: DeepSpeedEngine) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from recap_ds.distributed.build import param_is_sharded
-from recap_ds.distributed.engine import zero_stage
+from recap_ds.distributed.engine import flat_masters, zero_stage
 
 Key = Literal["fp32", "exp_avg", "exp_avg_sq"]
 KEYS: tuple[Key, ...] = ("fp32", "exp_avg", "exp_avg_sq")
@@ -33,8 +33,9 @@ class Tile(NamedTuple):
 def local_tiles(engine: DeepSpeedEngine) -> list[Tile]:
     """What this rank owns of every trainable parameter, in the model's order: the same names on every rank.
 
-    A tile may be empty: the last rank's part of a small parameter.
+    A tile may be empty: the last rank's part of a small parameter. Every key of them can be read and written.
     """
+    ensure_adam_state(engine)
     group_names = _group_names(engine)
     return [
         Tile(name, *local_span(param), group_names[param])
@@ -109,39 +110,30 @@ def refresh_forward_copies(engine: DeepSpeedEngine) -> None:
 @torch.no_grad()
 def ensure_adam_state(engine: DeepSpeedEngine) -> None:
     """Create Adam's zero moments where no step was taken yet: torch makes them only in the first step."""
-    optimizer = engine.optimizer
-    fused = optimizer.param_groups[0]["fused"]
-    for flat in _flat_masters(engine):
-        state = optimizer.optimizer.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
-            state["exp_avg"] = torch.zeros_like(flat)
-            state["exp_avg_sq"] = torch.zeros_like(flat)
+    state_of = engine.optimizer.optimizer.state
+    fused = engine.optimizer.param_groups[0]["fused"]
+    for flat in flat_masters(engine):
+        if not state_of[flat]:
+            step = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
+            state_of[flat] = {"step": step, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
     if zero_stage(engine) != 3:
-        # Stage 2 reads the moments through every parameter's own view of them, made in its first step.
-        for params, flat in zip(optimizer.bit16_groups, _flat_masters(engine), strict=True):
-            lazy_init_hp_params_optimizer_state(params, flat, optimizer.optimizer.state)
-
-
-def _flat_masters(engine: DeepSpeedEngine) -> list[Tensor]:
-    """The flat fp32 tensors that torch's optimizer keys its state by."""
-    optimizer = engine.optimizer
-    if zero_stage(engine) == 3:
-        return optimizer.fp32_partitioned_groups_flat
-    return optimizer.single_partition_of_fp32_groups
+        # Stage 2 reads the moments through every parameter's view of them. DeepSpeed makes those after stepping the
+        # first group, when the others have no moments yet.
+        for params, flat in zip(engine.optimizer.bit16_groups, flat_masters(engine), strict=True):
+            lazy_init_hp_params_optimizer_state(params, flat, state_of)
 
 
 def read_adam_step(engine: DeepSpeedEngine) -> int:
     """Optimizer steps applied so far, which Adam's bias correction needs. One number: groups are stepped together."""
     ensure_adam_state(engine)
-    steps = {int(engine.optimizer.optimizer.state[flat]["step"].item()) for flat in _flat_masters(engine)}
+    steps = {int(engine.optimizer.optimizer.state[flat]["step"].item()) for flat in flat_masters(engine)}
     assert len(steps) == 1, f"flat groups were stepped {steps} times"
     return steps.pop()
 
 
 def write_adam_step(engine: DeepSpeedEngine, step: int) -> None:
     ensure_adam_state(engine)
-    for flat in _flat_masters(engine):
+    for flat in flat_masters(engine):
         engine.optimizer.optimizer.state[flat]["step"].fill_(step)
 
 

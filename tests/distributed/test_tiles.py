@@ -37,7 +37,13 @@ def test_tiles_of_all_ranks_cover_every_trainable_parameter_once(saved):
 def test_resuming_the_same_layout_is_bit_exact(saved):
     for rank in saved:
         assert rank["saved_step"] == 3
-        assert rank["resumed"]["zero3"] == {"fresh_step": 0, "step": 4, "forward_copies_follow": True, "error": 0.0}
+        assert rank["resumed"]["zero3"] == {
+            "fresh_step": 0,
+            "step": 4,
+            "forward_copies_follow": True,
+            "error": 0.0,
+            "moments_moved": True,
+        }
 
 
 @pytest.mark.parametrize("config", ["zero2", "offload"])
@@ -45,6 +51,7 @@ def test_resuming_another_stage_on_two_ranks(saved, config):
     for rank in saved:
         assert rank["resumed"][config]["step"] == 4
         assert rank["resumed"][config]["error"] < 3e-7
+        assert rank["resumed"][config]["moments_moved"]
 
 
 @pytest.mark.parametrize("config", ["zero3", "zero3 other sub-groups", "zero2", "offload", "zero2 offload"])
@@ -52,6 +59,11 @@ def test_resuming_on_one_rank(loaded, config):
     resumed = loaded["resumed"][config]
     assert (resumed["fresh_step"], resumed["step"], resumed["forward_copies_follow"]) == (0, 4, True)
     assert resumed["error"] < 3e-7
+    assert resumed["moments_moved"]
+
+
+def test_moments_can_be_read_after_plain_training(loaded):
+    assert loaded["moments_after_training"] == dict.fromkeys(loaded["resumed"], True)
 
 
 def test_resuming_in_bf16_keeps_fp32_masters(loaded):

@@ -16,7 +16,6 @@ from recap_ds.distributed.reduce import agree, gather_flat, max_over_ranks, sum_
 from recap_ds.distributed.runtime import Runtime
 from recap_ds.distributed.tiles import (
     KEYS,
-    ensure_adam_state,
     local_shard,
     local_tiles,
     read_adam_step,
@@ -64,7 +63,6 @@ def saved_tiles(folder: Path) -> Iterator[tuple[str, int, str, Tensor]]:
 def load(engine: Any, folder: Path, adam_step: int) -> None:
     """Any number of files into any layout: whole parameters first, small as they are here."""
     params = trainable(engine)
-    ensure_adam_state(engine)
     # ds_numel before numel: a sharded parameter shows no elements.
     sizes = {name: p.ds_numel if param_is_sharded(p) else p.numel() for name, p in params.items()}
     whole = {(name, key): torch.full((sizes[name],), torch.nan) for name in params for key in KEYS}
@@ -108,9 +106,25 @@ def resumed(ds: dict[str, Any], folder: Path, runtime: Runtime) -> dict[str, Any
             "step": read_adam_step(engine),
             "forward_copies_follow": forward_copies_follow,
             "error": error(engine, dict(after)),
+            "moments_moved": moments_moved(engine),
         }
     destroy_engine(engine)
     return result
+
+
+def moments_moved(engine: Any) -> bool:
+    params = trainable(engine)
+    tiles = [tile for tile in local_tiles(engine) if tile.length]
+    return all(bool(read_tile(params[tile.name], key).any()) for tile in tiles for key in ("exp_avg", "exp_avg_sq"))
+
+
+def moments_after_training(ds: dict[str, Any]) -> bool:
+    """Of an engine that was stepped but never loaded into."""
+    engine = tiny.build(ds)
+    train(engine, range(1), 0, 1)
+    moved = moments_moved(engine) and read_adam_step(engine) == 1
+    destroy_engine(engine)
+    return moved
 
 
 def save_scenarios(runtime: Runtime, folder: Path) -> dict[str, Any]:
@@ -157,6 +171,7 @@ def load_scenarios(runtime: Runtime, folder: Path) -> dict[str, Any]:
         "zero3 bf16": tiny.ds_config("zero3", 1, bf16=True),
     }
     return {
+        "moments_after_training": {name: moments_after_training(ds) for name, ds in configs.items()},
         "resumed": {name: resumed(ds, folder, runtime) for name, ds in configs.items()},
         "reductions": reductions(runtime),
     }
