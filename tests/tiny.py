@@ -7,6 +7,7 @@ cameras, prompts of several lengths, ended tasks (their next observation is zero
 from typing import Any
 
 import torch
+from torch import nn
 
 from recap_ds.batch import (
     CONTROL_IDS,
@@ -17,6 +18,7 @@ from recap_ds.batch import (
     TransitionBatch,
 )
 from recap_ds.config import PiStarRECAPConfig
+from recap_ds.models.layers import ZeroLinear
 
 TINY: dict[str, Any] = {
     "chunk_size": 4,
@@ -120,3 +122,13 @@ def random_batch(
 def _like(keep: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """``keep`` [B] shaped to multiply ``part`` [B, ...] without changing its dtype."""
     return keep.view(-1, *[1] * (part.dim() - 1)).to(part.dtype)
+
+
+def wake(module: nn.Module, seed: int = 0) -> None:
+    """Random weights for every layer that starts at zero, LoRA's included: until then most inputs reach no output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        zero_layers = (m for name, m in module.named_modules() if isinstance(m, ZeroLinear) or "lora_B." in name)
+        for layer in zero_layers:
+            for parameter in layer.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
