@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     INDICATOR_DROPOUT = 7  # place: slot
     AUGMENTATION = 8  # place: slot
     EVALUATION_NOISE = 9  # place: sample identity
+    BASELINE_CHOICE = 10
 
 
 class SampleDraws(NamedTuple):

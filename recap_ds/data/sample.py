@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from recap_ds.config import PiStarRECAPConfig
-from recap_ds.data.images import decode_jpeg, resize_with_padding
 from recap_ds.data.manifest import Manifest
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.errors import UsageError
+from recap_ds.processing.images import decode_jpeg, resize_with_padding
 from recap_ds.processing.normalize import Normalizer
 
 
@@ -101,6 +101,18 @@ class SampleDecoder:
 
     def _no_rewards(self) -> np.ndarray:
         return np.zeros(self._manifest.action_width, np.float32)
+
+
+def read_actions(shard_set: ShardSet, sample: int) -> np.ndarray:
+    """[W, A] float32 actions of one sample in the robot's own units, without decoding its images.
+
+    Raises DamagedSample.
+    """
+    manifest = shard_set.manifest
+    try:
+        return _array(shard_set.read_members(sample), "actions.npy", (manifest.action_width, manifest.action_dim))
+    except _WrongMember as error:
+        raise shard_set.damaged(sample, str(error)) from None
 
 
 def _array(members: dict[str, bytes], name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw
 
 from recap_ds.batch import SOURCE_IDS
 from recap_ds.config import SOURCES
-from recap_ds.data.images import decode_jpeg
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.manifest import Manifest
 from recap_ds.errors import UsageError
+from recap_ds.processing.images import decode_jpeg
 
 SHEET_COLUMNS = 6
 # Small pictures are enlarged, large ones shrunk, to about this side.

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from recap_ds.data.episodes import FrameReader
-from recap_ds.data.images import encode_jpeg, resize_with_padding
 from recap_ds.errors import UsageError
+from recap_ds.processing.images import encode_jpeg, resize_with_padding
 
 # Frames decoded at a time: bounds memory at about 30 MB per camera of 480 x 640.
 FRAMES_PER_CHUNK = 32

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from recap_ds.batch import CONTROL_IDS, OUTCOME_IDS, SOURCE_IDS
-from recap_ds.data.images import decode_jpeg
 from recap_ds.data.index import SampleRecord, ShardIndex, build_index, members_crc, parse_record
 from recap_ds.data.manifest import Manifest, ShardEntry
 from recap_ds.data.survey import count_sources
 from recap_ds.data.tar import file_sha256, npy_array
 from recap_ds.errors import UsageError
+from recap_ds.processing.images import decode_jpeg
 
 
 class Finding(NamedTuple):

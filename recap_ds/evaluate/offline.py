@@ -1,8 +1,8 @@
 """Held-out evaluation, second half: per-sample records -> the figures people judge a run by.
 
 Action errors are in the robot's own units, open loop: the sampled chunk against the recorded one. Their yardstick is
-the best constant, the task's mean action over the same held-out samples. Value figures compare V with the Monte-Carlo
-return.
+the best constant: the task's mean action over training samples of the same sources. Value figures compare V with the
+Monte-Carlo return.
 
     N samples   H chunk   A action dims
 """
@@ -14,6 +14,7 @@ import numpy as np
 from recap_ds.algo.advantage import INDICATOR_IDS
 from recap_ds.batch import OUTCOME_IDS, SOURCE_IDS
 from recap_ds.config import PiStarRECAPConfig
+from recap_ds.data.baseline import MeanActions
 from recap_ds.evaluate.records import Records
 from recap_ds.evaluate.statistics import rank_correlation, separation
 from recap_ds.processing.normalize import Normalizer
@@ -21,7 +22,9 @@ from recap_ds.processing.normalize import Normalizer
 VALUE_FIGURES = ("mae", "rank_correlation", "separation", "shuffled_image_gap")
 
 
-def summarise(records: Records, config: PiStarRECAPConfig, tasks: list[str], normalizer: Normalizer) -> dict[str, Any]:
+def summarise(
+    records: Records, config: PiStarRECAPConfig, tasks: list[str], normalizer: Normalizer, constant: MeanActions
+) -> dict[str, Any]:
     """The ``dataset_evaluation`` of evaluation_results.json; None where a figure has no data."""
     # Same weights as in training, so that total_loss is comparable with train/loss (weighted extraction aside).
     weights = np.array(config.recap.source_weights)[records.source]
@@ -44,7 +47,7 @@ def summarise(records: Records, config: PiStarRECAPConfig, tasks: list[str], nor
         "advantages": _distribution((records.q - records.v)[td]),
         "num_samples": len(records.task),
         "flow_loss": _flow_losses(records),
-        "actions": action_errors(records, normalizer),
+        "actions": action_errors(records, normalizer, constant),
         "value": {
             "all": value_figures(records, np.ones(len(records.task), bool)),
             "tasks": {name: value_figures(records, records.task == index) for index, name in enumerate(tasks)},
@@ -82,26 +85,31 @@ def _flow_losses(records: Records) -> dict[str, float]:
     return {**means, "conditioning_gap": gap, "positive_by_source": sources}
 
 
-def action_errors(records: Records, normalizer: Normalizer) -> dict[str, Any]:
+def action_errors(records: Records, normalizer: Normalizer, constant: MeanActions) -> dict[str, Any]:
     """Mean absolute open-loop error per group of sources, with the best constant's and their ratio.
 
     ``demo_and_human`` joins demonstrations with human-controlled frames: what a policy can be expected to predict
     (the noise of autonomous actions cannot be).
     """
-    groups = {name: records.source == index for name, index in SOURCE_IDS.items()}
-    groups["demo_and_human"] = groups["demo"] | groups["intervention"]
-    groups["all"] = np.ones(len(records.task), bool)
-    return {name: _action_error(records, keep, normalizer) for name, keep in groups.items() if keep.any()}
+    groups = {name: [name] for name in SOURCE_IDS}
+    groups |= {"demo_and_human": ["demo", "intervention"], "all": list(SOURCE_IDS)}
+    errors = {}
+    for group, names in groups.items():
+        keep = np.isin(records.source, [SOURCE_IDS[name] for name in names])
+        if keep.any():
+            errors[group] = _action_error(records, keep, normalizer, constant.per_task(names))
+    return errors
 
 
-def _action_error(records: Records, keep: np.ndarray, normalizer: Normalizer) -> dict[str, Any]:
+def _action_error(records: Records, keep: np.ndarray, normalizer: Normalizer, constant: np.ndarray) -> dict[str, Any]:
+    """``constant`` [K, A]: the action of the constant policy, per task."""
     true, sampled, free = (
         normalizer.actions.unnormalize(values[keep].astype(np.float32)).astype(np.float64)
         for values in (records.true_actions, records.actions, records.unconditioned_actions)
     )
     mask = records.action_mask[keep][:, :, : true.shape[-1]]
     error = np.abs(sampled - true)
-    baseline = np.abs(_task_mean(true, mask, records.task[keep]) - true)
+    baseline = np.abs(constant[records.task[keep]][:, None] - true)
     mean_error, mean_baseline = _masked_mean(error, mask), _masked_mean(baseline, mask)
     rmse, baseline_rmse = (np.sqrt(_masked_mean(values**2, mask)) for values in (error, baseline))
     return {
@@ -116,15 +124,6 @@ def _action_error(records: Records, keep: np.ndarray, normalizer: Normalizer) ->
         "indicator_effect": float(_masked_mean(np.abs(sampled - free), mask)),
         "num_samples": int(keep.sum()),
     }
-
-
-def _task_mean(actions: np.ndarray, mask: np.ndarray, task: np.ndarray) -> np.ndarray:
-    """[N, 1, A]: every sample's task-mean action over valid frames."""
-    mean = np.zeros((len(actions), 1, actions.shape[-1]))
-    for index in np.unique(task):
-        rows = task == index
-        mean[rows] = _masked_mean(actions[rows], mask[rows], axis=(0, 1))
-    return mean
 
 
 def value_figures(records: Records, keep: np.ndarray) -> dict[str, float | int | None]:

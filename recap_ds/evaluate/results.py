@@ -15,6 +15,7 @@ from recap_ds.algo.returns import TaskScale
 from recap_ds.batch import TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.assemble import Assembler
+from recap_ds.data.baseline import mean_actions
 from recap_ds.data.held_out import EvaluationBatches
 from recap_ds.data.sample import check_data_matches
 from recap_ds.data.shard_set import ShardSet
@@ -64,7 +65,8 @@ def evaluate_dataset(
     def forward(batch: TransitionBatch) -> EvaluationOutput:
         return policy(batch, "evaluate", scale, unused, False)
 
-    return summarise(collect_records(forward, batches, device), config, tasks, normalizer)
+    constant = mean_actions(assembler.shard_set, config.data.held_out_fraction, config.training.seed)
+    return summarise(collect_records(forward, batches, device), config, tasks, normalizer, constant)
 
 
 def write_results(path: Path, checkpoint: str, shards: str, evaluation: dict[str, Any]) -> None:

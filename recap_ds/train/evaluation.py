@@ -10,6 +10,7 @@ import torch
 
 from recap_ds.algo.advantage import AdvantageScale
 from recap_ds.batch import TransitionBatch
+from recap_ds.data.baseline import mean_actions
 from recap_ds.data.held_out import EvaluationBatches
 from recap_ds.evaluate.offline import flat_metrics, summarise
 from recap_ds.evaluate.records import collect_records
@@ -17,19 +18,40 @@ from recap_ds.models.losses import EvaluationOutput, normalizers
 from recap_ds.train.session import Session
 
 
-def evaluate_held_out(session: Session, batches: EvaluationBatches) -> dict[str, float]:
-    """eval/... metrics of the current weights. Collective: every rank must call."""
-    plan, engine, device = session.plan, session.engine, session.runtime.device
-    # The forward takes the same arguments in both modes; evaluation reads neither of these.
-    scale = AdvantageScale(*(torch.zeros(len(plan.tasks), device=device) for _ in range(3)))
-    unused = normalizers(torch.ones(2, device=device))
+class HeldOutEvaluation:
+    """The held-out batches of this rank and what their figures are compared with."""
 
-    def forward(batch: TransitionBatch) -> EvaluationOutput:
-        return engine(batch, "evaluate", scale, unused, False)
+    def __init__(self, session: Session):
+        plan = session.plan
+        self._session = session
+        self.batches = EvaluationBatches(
+            plan.dataset.assembler,
+            plan.config,
+            rank=plan.info.rank,
+            world=plan.info.world,
+            damage_log=plan.run.damaged,
+        )
+        shard_set, config = plan.dataset.assembler.shard_set, plan.config
+        self._constant = mean_actions(shard_set, config.data.held_out_fraction, config.training.seed)
 
-    averaged = session.shadows["ema"].swapped_into_online() if "ema" in session.shadows else contextlib.nullcontext()
-    engine.eval()
-    with averaged:
-        records = collect_records(forward, batches, device)
-    engine.train()
-    return flat_metrics(summarise(records, plan.config, plan.tasks, plan.normalizer))
+    @property
+    def num_samples(self) -> int:
+        return len(self.batches.samples)
+
+    def run(self) -> dict[str, float]:
+        """eval/... metrics of the current weights. Collective: every rank must call."""
+        plan, engine, device = self._session.plan, self._session.engine, self._session.runtime.device
+        shadows = self._session.shadows
+        # The forward takes the same arguments in both modes; evaluation reads neither of these.
+        scale = AdvantageScale(*(torch.zeros(len(plan.tasks), device=device) for _ in range(3)))
+        unused = normalizers(torch.ones(2, device=device))
+
+        def forward(batch: TransitionBatch) -> EvaluationOutput:
+            return engine(batch, "evaluate", scale, unused, False)
+
+        averaged = shadows["ema"].swapped_into_online() if "ema" in shadows else contextlib.nullcontext()
+        engine.eval()
+        with averaged:
+            records = collect_records(forward, self.batches, device)
+        engine.train()
+        return flat_metrics(summarise(records, plan.config, plan.tasks, plan.normalizer, self._constant))

@@ -9,12 +9,11 @@ from typing import Any
 
 from recap_ds.checkpoint.resume import find_checkpoint, load_checkpoint
 from recap_ds.checkpoint.save import save_checkpoint
-from recap_ds.data.held_out import EvaluationBatches
 from recap_ds.data.loader import build_train_loader
 from recap_ds.distributed.build import whole_numel
 from recap_ds.distributed.runtime import accelerator_is_cpu
 from recap_ds.errors import RunFailed, UsageError
-from recap_ds.train.evaluation import evaluate_held_out
+from recap_ds.train.evaluation import HeldOutEvaluation
 from recap_ds.train.logbook import Logbook
 from recap_ds.train.metrics import StepMetrics
 from recap_ds.train.session import Session
@@ -46,9 +45,7 @@ def train(session: Session) -> dict[str, Any]:
     progress = resume(session)
     metrics = StepMetrics(config, plan.tasks, session.runtime.device)
     times = StepTimes(session.runtime.device)
-    held_out = EvaluationBatches(
-        plan.dataset.assembler, config, rank=plan.info.rank, world=plan.info.world, damage_log=plan.run.damaged
-    )
+    held_out = HeldOutEvaluation(session)
     logbook = Logbook(plan.run, logging, training.num_training_steps, config.model_dump(mode="json"), plan.info.is_main)
     progress.wandb_id = logbook.open(progress.step, progress.wandb_id)
     announce(session, logbook, progress, held_out)
@@ -83,8 +80,8 @@ def train(session: Session) -> dict[str, Any]:
             progress.replaced_samples += int(figures["data/replaced_samples"])
             check_damage(session, progress)
             logbook.write(progress.step, figures | step_figures(session, progress, result) | times.summarise())
-        if held_out.samples.size and (last_step or progress.step % config.evaluation.every_steps == 0):
-            evaluation = evaluate_held_out(session, held_out)
+        if held_out.num_samples and (last_step or progress.step % config.evaluation.every_steps == 0):
+            evaluation = held_out.run()
             logbook.write(progress.step, evaluation)
         improved = is_best(progress, evaluation)
         if last_step or improved or progress.step % config.checkpoint.save_every_steps == 0:
@@ -176,7 +173,7 @@ def step_figures(session: Session, progress: Progress, result: StepResult) -> di
     }
 
 
-def announce(session: Session, logbook: Logbook, progress: Progress, held_out: EvaluationBatches) -> None:
+def announce(session: Session, logbook: Logbook, progress: Progress, held_out: HeldOutEvaluation) -> None:
     plan, sizes = session.plan, session.plan.sizes
     counts = {
         name: sum(whole_numel(parameter) for parameter in child.parameters())
@@ -186,7 +183,7 @@ def announce(session: Session, logbook: Logbook, progress: Progress, held_out: E
     logbook.say(f"parameters: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
     logbook.say(
         f"batch: {sizes.total} = {sizes.micro} x {sizes.accumulation} accumulation x {sizes.world} ranks; "
-        f"{len(held_out.samples)} held-out samples"
+        f"{held_out.num_samples} held-out samples"
     )
     logbook.say(f"{'continuing' if progress.step else 'starting'} {plan.run.path} at step {progress.step}")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from recap_ds.cli import shards_import
-from recap_ds.data.images import decode_jpeg
 from recap_ds.data.manifest import Manifest
 from recap_ds.errors import UsageError
+from recap_ds.processing.images import decode_jpeg
 from tests.data.lerobot.tiny_dataset import HEIGHT, TASKS, WIDTH, actions, shade, states, write_dataset
 
 LENGTHS = (15, 7, 11)

@@ -3,10 +3,10 @@ import io
 import numpy as np
 import pytest
 
-from recap_ds.data.images import encode_jpeg
 from recap_ds.data.sample import SampleDecoder, check_data_matches
 from recap_ds.data.shard_set import DamagedSample
 from recap_ds.errors import UsageError
+from recap_ds.processing.images import encode_jpeg
 from recap_ds.processing.normalize import Affine, Normalizer
 from tests.data.tiny_shards import flat_episode, tiny_config, write_tiny
 

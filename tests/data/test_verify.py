@@ -3,11 +3,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from recap_ds.data.images import encode_jpeg
 from recap_ds.data.index import SampleRecord, ShardIndex
 from recap_ds.data.manifest import Manifest
 from recap_ds.data.tar import TarWriter, npy_array, npy_bytes
 from recap_ds.data.verify import sample_faults, verify_shards
+from recap_ds.processing.images import encode_jpeg
 from tests.data.made_episodes import made_episode, read_back, write
 from tests.data.test_index import RECORD
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from recap_ds.data import writer
-from recap_ds.data.images import decode_jpeg
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.manifest import Manifest
 from recap_ds.data.verify import verify_shards
 from recap_ds.errors import UsageError
+from recap_ds.processing.images import decode_jpeg
 from tests.data.made_episodes import BrokenFrames, FlatFrames, grey_of, made_episode, read_back, write
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from recap_ds.data.images import decode_jpeg, encode_jpeg, resize_with_padding
+from recap_ds.processing.images import decode_jpeg, encode_jpeg, resize_with_padding
 
 
 def test_a_wide_picture_is_centred_between_black_bars():

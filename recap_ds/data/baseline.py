@@ -1,0 +1,52 @@
+"""The best constant policy: mean actions of the training samples, the yardstick of open-loop action errors.
+
+K tasks   S sources   A action dims
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from recap_ds.batch import SOURCE_IDS
+from recap_ds.data.draws import Purpose, generator
+from recap_ds.data.sample import read_actions
+from recap_ds.data.shard_set import DamagedSample, ShardSet
+
+# Read at most this many samples of each task and source: the mean's error is then a few percent of the spread.
+MAX_SAMPLES = 1024
+
+
+class MeanActions(NamedTuple):
+    """In the robot's own units; rows without samples are 0 with weight 0."""
+
+    mean: np.ndarray  # [K, S, A] float64
+    weight: np.ndarray  # [K, S] training samples there are
+
+    def per_task(self, sources: list[str]) -> np.ndarray:
+        """[K, A]: mean over the named sources, each counting as often as it occurs."""
+        rows = [SOURCE_IDS[name] for name in sources]
+        weight = self.weight[:, rows, None]
+        return (self.mean[:, rows] * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1.0)
+
+
+def mean_actions(shard_set: ShardSet, held_out_fraction: float, seed: int) -> MeanActions:
+    """Over samples that training may draw; every sample counts with its own frame's action."""
+    table, manifest = shard_set.table, shard_set.manifest
+    training = ~shard_set.held_out(held_out_fraction)
+    shape = (len(manifest.tasks), len(SOURCE_IDS))
+    mean, weight = np.zeros((*shape, manifest.action_dim)), np.zeros(shape)
+    for task, source in np.ndindex(shape):
+        ids = np.flatnonzero(training & (table.task == task) & (table.source == source))
+        weight[task, source] = len(ids)
+        chosen = generator(seed, Purpose.BASELINE_CHOICE, task, source).permutation(ids)[:MAX_SAMPLES]
+        actions = [action for sample in chosen if (action := _own_action(shard_set, int(sample))) is not None]
+        if actions:
+            mean[task, source] = np.mean(actions, axis=0)
+    return MeanActions(mean, weight)
+
+
+def _own_action(shard_set: ShardSet, sample: int) -> np.ndarray | None:
+    try:
+        return read_actions(shard_set, sample)[0]
+    except DamagedSample:
+        return None  # training and evaluation report damage; a mean can do without
