@@ -1,17 +1,17 @@
 """Success and failure that all ranks share: a rank that raises alone leaves the others waiting in a collective.
 
-Failures of files and of what the user gave become the same UsageError everywhere. Anything else is our bug: it keeps
-its traceback on the rank it happened on.
+A wrong input becomes the same UsageError everywhere, a disk or folder that fails the same RunFailed. Anything else is
+our bug: it keeps its traceback on the rank it happened on.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 
 from recap_ds.distributed.reduce import agree, gather_flat
 from recap_ds.distributed.runtime import Runtime
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunFailed, UsageError
 
 Result = TypeVar("Result")
 MESSAGE_BYTES = 512
@@ -58,20 +58,22 @@ def _all_messages(runtime: Runtime, error: Exception | None) -> list[list[int]]:
 
 
 def _describe(error: Exception | None) -> str | None:
-    """U for what a user can mend, B for a bug, then the message."""
+    """One letter for the kind, then the message: U wrong input, F a file that fails, B a bug."""
     if error is None:
         return None
     if isinstance(error, UsageError):
         return f"U{error}"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"U{where}{error.strerror or error}"
+        return f"F{where}{error.strerror or error}"
     return f"B{type(error).__name__}: {error}"
 
 
-def _raise(mine: Exception | None, message: str, rank: int) -> None:
-    if message[0] == "U":
-        raise UsageError(message[1:] if rank == 0 else f"rank {rank}: {message[1:]}") from mine
-    if mine is not None:
-        raise mine
-    raise RuntimeError(f"rank {rank} failed: {message[1:]}")
+def _raise(mine: Exception | None, message: str, rank: int) -> NoReturn:
+    kind, text = message[0], message[1:]
+    if kind == "B":
+        if mine is not None:
+            raise mine
+        raise RuntimeError(f"rank {rank} failed: {text}")
+    where = f"rank {rank}: " if rank else ""
+    raise (UsageError if kind == "U" else RunFailed)(f"{where}{text}") from mine

@@ -1,15 +1,14 @@
 """``state.json``: everything about a checkpoint that is not a tensor, and the check that its files are whole."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from recap_ds.checkpoint.layout import STATE_NAME
+from recap_ds.checkpoint.layout import STATE_NAME, rank_file_name
+from recap_ds.checkpoint.tile_file import TileReader
 from recap_ds.errors import UsageError
-from recap_ds.models.tensor_file import FileRecord, file_problems, write_text
+from recap_ds.models.whole_files import FileRecord, file_problems, read_checked_json, write_checked_json
 
 FORMAT_VERSION = 1
 
@@ -44,27 +43,16 @@ class CheckpointRecord(_Part):
     state: dict[str, Any]  # the training loop's
 
     def save(self, folder: Path) -> None:
-        body = self.model_dump(mode="json")
-        write_text(folder / STATE_NAME, json.dumps({"sha256": _checksum(body), **body}, indent=1) + "\n")
+        write_checked_json(folder / STATE_NAME, self.model_dump(mode="json"))
 
     @classmethod
     def load(cls, folder: Path) -> "CheckpointRecord":
         path = folder / STATE_NAME
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
-            if body["format_version"] != FORMAT_VERSION:
-                raise UsageError(f"{path}: format {body['format_version']}, this version reads format {FORMAT_VERSION}")
-            if body.pop("sha256") != _checksum(body):
-                raise UsageError(f"{path}: was changed or damaged (its checksum differs)")
-            return cls.model_validate(body)
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValidationError):
-            raise UsageError(f"{path}: is not a whole checkpoint record") from None
-
-
-def _checksum(body: dict) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+            return cls.model_validate(read_checked_json(path, FORMAT_VERSION))
+        except ValidationError as error:
+            place = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UsageError(f"{path}: is not a checkpoint record ('{place}')") from None
 
 
 def verify_checkpoint(path: Path) -> list[str]:
@@ -74,3 +62,7 @@ def verify_checkpoint(path: Path) -> list[str]:
     except UsageError as error:
         return [str(error)]
     return file_problems(path, record.files)
+
+
+def open_tiles(path: Path, record: CheckpointRecord) -> TileReader:
+    return TileReader([path / rank_file_name(rank) for rank in range(record.world)])

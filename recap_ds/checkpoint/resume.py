@@ -14,9 +14,8 @@ from torch import Tensor
 
 from recap_ds.checkpoint import layout
 from recap_ds.checkpoint.agreement import on_every_rank, on_main
-from recap_ds.checkpoint.record import CheckpointRecord, ParameterRecord, verify_checkpoint
+from recap_ds.checkpoint.record import CheckpointRecord, ParameterRecord, open_tiles, verify_checkpoint
 from recap_ds.checkpoint.save import shadow_names, trainable_parameters
-from recap_ds.checkpoint.tile_file import TileReader
 from recap_ds.distributed.engine import DeepSpeedEngine
 from recap_ds.distributed.runtime import Runtime
 from recap_ds.distributed.shadows import Shadow
@@ -69,10 +68,6 @@ def load_checkpoint(
 def read_state(path: Path) -> dict[str, Any]:
     """The loop's ``state`` alone, without an engine."""
     return CheckpointRecord.load(path).state
-
-
-def open_tiles(path: Path, record: CheckpointRecord) -> TileReader:
-    return TileReader([path / layout.rank_file_name(rank) for rank in range(record.world)])
 
 
 def _matching_record(path: Path, engine: DeepSpeedEngine, shadows: Mapping[str, Shadow]) -> CheckpointRecord:

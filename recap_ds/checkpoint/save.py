@@ -28,7 +28,8 @@ from recap_ds.distributed.reduce import gather_flat
 from recap_ds.distributed.runtime import Runtime
 from recap_ds.distributed.shadows import Shadow
 from recap_ds.distributed.tiles import KEYS, local_tiles, read_adam_step, read_tile
-from recap_ds.models.tensor_file import FileRecord, TensorSource, record_files, sync_folder, write_tensor_file
+from recap_ds.models.tensor_file import TensorSource, write_tensor_file
+from recap_ds.models.whole_files import FileRecord, record_files, sync_folder
 
 
 def save_checkpoint(
@@ -45,7 +46,7 @@ def save_checkpoint(
 ) -> Path:
     """``checkpoints/step_...``, complete. ``state`` is JSON and ``tensors`` are small; rank 0's are written.
 
-    Only between optimizer steps. Raises UsageError on every rank where a disk or a folder fails.
+    Only between optimizer steps. Raises RunFailed on every rank where a disk or a folder fails.
     Collective: every rank must call.
     """
     unfinished = checkpoints / layout.unfinished_name(step)

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from recap_ds.errors import UsageError
-from recap_ds.models.tensor_file import FileRecord, TensorSource, write_tensor_file
+from recap_ds.models.tensor_file import TensorSource, write_tensor_file
+from recap_ds.models.whole_files import FileRecord
 
 # Of every trainable parameter; the kinds of shadows (target, ema) come on top.
 MASTER = "fp32"

@@ -8,9 +8,10 @@ an engine nothing but ``engine(batch, ...)`` runs. The class is plain PyTorch: n
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from recap_ds.config import PiStarRECAPConfig
 from recap_ds.models.building import Builder
 from recap_ds.models.critics import Critic, QNetworks
 from recap_ds.models.dit_cross import DiTCrossExpert
+from recap_ds.models.export_weights import load_export, load_state, save_export, save_state
 from recap_ds.models.losses import (
     EvaluationOutput,
     LossNormalizers,
@@ -36,6 +38,7 @@ from recap_ds.models.losses import (
 from recap_ds.models.pixels import augment, to_pixels
 from recap_ds.models.sampling import AdvantageName, sample_actions
 from recap_ds.models.vlm import PrefixFeatures, VisionLanguageModel
+from recap_ds.processing.contract import RobotContract
 
 
 class PiStarRECAPPolicy(nn.Module):
@@ -63,6 +66,9 @@ class PiStarRECAPPolicy(nn.Module):
             self.action_expert.activation_checkpointing = True
             if self.vlm.trainable:
                 self.vlm.enable_activation_checkpointing()
+        # Set by from_pretrained: what the policy and a robot must agree on, and where its own tokenizer is.
+        self.contract: RobotContract | None = None
+        self.tokenizer_folder: Path | None = None
         self._queue: deque[Tensor] = deque()
 
     # -- one optimizer step -------------------------------------------------------------------------------------
@@ -309,3 +315,22 @@ class PiStarRECAPPolicy(nn.Module):
     def reset(self) -> None:
         """Forget the queued chunk: call between episodes."""
         self._queue.clear()
+
+    # -- files (formats: export_format.py, export_weights.py) ---------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, export: str | Path) -> "PiStarRECAPPolicy":
+        """From an export folder or the hub id of one: on the CPU, float32, in eval mode, with its ``contract``."""
+        return load_export(cls, export)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an export, in float32."""
+        save_export(self, folder)
+
+    def save_checkpoint(self, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+        """All parameters in one safetensors file, with ``metadata`` (JSON) in its header."""
+        save_state(self, path, metadata)
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Fill this policy from ``save_checkpoint``'s file and return the metadata. Everything must fit."""
+        return load_state(self, path)

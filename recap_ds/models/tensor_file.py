@@ -1,4 +1,4 @@
-"""Safetensors files written as a stream, and the records (size, sha256) by which any file is trusted later.
+"""Safetensors files written as a stream: one tensor in memory at a time.
 
 safetensors' own ``save_file`` wants every tensor in memory at once. A shard of a large model lives on an accelerator, a
 consolidated one in many files, so here the header is written first, from shapes alone, and the tensors follow one by
@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from recap_ds.models.whole_files import FileRecord
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -26,13 +27,6 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-HASH_BLOCK_BYTES = 2**22
-MAX_HASH_THREADS = 8  # sha256 releases the interpreter lock; beyond this the disk is the limit
-
-
-class FileRecord(NamedTuple):
-    bytes: int
-    sha256: str
 
 
 class TensorSource(NamedTuple):
@@ -115,58 +109,3 @@ def write_tensor_file(
         for source in sources.values():
             writer.write(source.read())
         return writer.finish()
-
-
-def write_text(path: Path, text: str) -> FileRecord:
-    """A small file, flushed to the disk."""
-    data = text.encode()
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make new names inside ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def record_file(path: Path) -> FileRecord:
-    """Size and checksum of a file that is there already."""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(HASH_BLOCK_BYTES):
-            sha256.update(block)
-        return FileRecord(file.tell(), sha256.hexdigest())
-
-
-def record_files(paths: list[Path]) -> list[FileRecord]:
-    with ThreadPoolExecutor(MAX_HASH_THREADS) as pool:
-        return list(pool.map(record_file, paths))
-
-
-def file_problems(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
-    """What is wrong with ``files`` (relative names) in words: missing, of another size, or changed; [] if all is well.
-
-    Sizes first: they find a truncated file without reading gigabytes.
-    """
-    problems = []
-    for name, record in files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != record.bytes:
-            problems.append(f"{name} has {path.stat().st_size} bytes instead of {record.bytes}")
-    if problems:
-        return problems
-    found = record_files([folder / name for name in files])
-    return [
-        f"{name} was changed or damaged (its checksum differs)"
-        for (name, record), now in zip(files.items(), found, strict=True)
-        if now.sha256 != record.sha256
-    ]

@@ -85,11 +85,16 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise UsageError(f"model.vlm_model_name: {file} is damaged ({error}); copy it again") from None
         with reader:
             for stored in reader.keys():  # noqa: SIM118 - safe_open is no mapping
-                name = stored
-                for pattern, replacement in _RENAMES:
-                    name = pattern.sub(replacement, name)
-                if not _IGNORED.search(name):
+                name = model_name(stored)
+                if name is not None:
                     yield name, reader.get_tensor(stored)
+
+
+def model_name(stored: str) -> str | None:
+    """Name inside PaliGemmaModel of a tensor in a checkpoint; None for one the model has no use for."""
+    for pattern, replacement in _RENAMES:
+        stored = pattern.sub(replacement, stored)
+    return None if _IGNORED.search(stored) else stored
 
 
 def weight_files(folder: Path) -> list[Path]:

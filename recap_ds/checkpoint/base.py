@@ -1,0 +1,122 @@
+"""The part of the VLM that a run does not train: where it is, written once per run and shared by all checkpoints.
+
+``run/base/`` holds the architecture (config.json) and the tokenizer, so that a checkpoint can be consolidated without
+the source. Of a frozen VLM that came from files, ``run/base.json`` remembers the folder and every file's checksum; one
+that was drawn at random has no files, so its weights are written into ``run/base/`` and later starts read them there. A
+fully trained VLM has no base: all of it is in every checkpoint.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from recap_ds.checkpoint import layout
+from recap_ds.checkpoint.agreement import on_every_rank, on_main
+from recap_ds.checkpoint.base_record import BaseRecord
+from recap_ds.config import PiStarRECAPConfig
+from recap_ds.distributed.build import gather, param_is_sharded
+from recap_ds.distributed.runtime import Runtime
+from recap_ds.models.export_format import (
+    VLM_CONFIG_NAME,
+    VLM_WEIGHTS_NAME,
+    stored_name,
+    tokenizer_files,
+    vlm_config_json,
+)
+from recap_ds.models.lora import base_name, is_adapter
+from recap_ds.models.policy import PiStarRECAPPolicy
+from recap_ds.models.tensor_file import TensorFileWriter
+from recap_ds.models.vlm_weights import locate_vlm, weight_files
+from recap_ds.models.whole_files import FileRecord, record_files, sync_folder, write_text
+
+
+def base_folder(run: Path) -> str | None:
+    """Where to read the VLM from instead of ``config.model``: the weights this run drew and wrote, if it did."""
+    if not (run / layout.BASE_RECORD_NAME).is_file():
+        return None
+    return str(run / layout.BASE_NAME) if BaseRecord.load(run).weights == "run" else None
+
+
+def ensure_base(run: Path, policy: PiStarRECAPPolicy, config: PiStarRECAPConfig, runtime: Runtime) -> None:
+    """Write the base of a new run; check that of one that goes on. Collective: every rank must call."""
+    if on_main(runtime, lambda: (run / layout.BASE_RECORD_NAME).is_file()):
+        on_main(runtime, lambda: _check(run, config))
+        return
+    folder = run / layout.BASE_NAME
+    unfinished = run / f".{layout.BASE_NAME}.unfinished"
+    on_main(runtime, lambda: _start(unfinished, policy, config))
+    files: dict[str, FileRecord] = {}
+    if config.model.freeze_vlm and policy.vlm.random_init:
+        files[VLM_WEIGHTS_NAME] = _write_weights(unfinished / VLM_WEIGHTS_NAME, policy, runtime)
+    on_main(runtime, lambda: _finish(run, unfinished, folder, files, policy, config))
+
+
+def _check(run: Path, config: PiStarRECAPConfig) -> None:
+    record = BaseRecord.load(run)
+    if record.weights == "run":
+        record.check(run / layout.BASE_NAME)
+    elif record.weights == "files":
+        record.check(locate_vlm(config.model))
+
+
+def _start(unfinished: Path, policy: PiStarRECAPPolicy, config: PiStarRECAPConfig) -> None:
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    vlm_config = vlm_config_json(policy.vlm.paligemma.config)
+    write_text(unfinished / VLM_CONFIG_NAME, json.dumps(vlm_config, indent=2, sort_keys=True) + "\n")
+    source = locate_vlm(config.model)
+    for path in tokenizer_files(source) if source else ():
+        shutil.copyfile(path, unfinished / path.name)
+
+
+def _write_weights(path: Path, policy: PiStarRECAPPolicy, runtime: Runtime) -> FileRecord | None:
+    """Gather parameter by parameter; rank 0 writes and returns the file's record. Collective: every rank must call."""
+    params = {base_name(name): param for name, param in policy.vlm.paligemma.named_parameters() if not is_adapter(name)}
+    specs = {
+        stored_name(name): (tuple(param.ds_shape if param_is_sharded(param) else param.shape), param.dtype)
+        for name, param in params.items()
+    }
+    writer = on_every_rank(runtime, lambda: TensorFileWriter(path, specs) if runtime.info.is_main else None)
+    error = None
+    for param in params.values():
+        with gather([param]):
+            if writer is not None and error is None:
+                try:
+                    writer.write(param)
+                except OSError as caught:  # the other ranks are in the next gather already: raise after the last
+                    error = caught
+
+    def finish() -> FileRecord | None:
+        if error is not None:
+            raise error
+        return writer.finish() if writer is not None else None
+
+    return on_every_rank(runtime, finish)
+
+
+def _finish(
+    run: Path,
+    unfinished: Path,
+    folder: Path,
+    files: dict[str, FileRecord],
+    policy: PiStarRECAPPolicy,
+    config: PiStarRECAPConfig,
+) -> None:
+    sync_folder(unfinished)
+    if folder.exists():  # of a start that was cut off before base.json
+        shutil.rmtree(folder)
+    os.replace(unfinished, folder)
+    if files:
+        record = BaseRecord(weights="run", files=files)
+    elif config.model.freeze_vlm:
+        source = locate_vlm(config.model)
+        paths = weight_files(source)
+        names = [path.name for path in paths]
+        records = dict(zip(names, record_files(paths), strict=True))
+        record = BaseRecord(weights="files", folder=str(source.resolve()), files=records)
+    else:
+        record = BaseRecord(weights="trained", files={})
+    record.save(run)
+    sync_folder(run)

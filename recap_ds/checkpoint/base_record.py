@@ -1,0 +1,65 @@
+"""``run/base.json`` and what it leads to: the frozen weights, architecture and tokenizer that checkpoints leave out."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from recap_ds.checkpoint import layout
+from recap_ds.config import ModelConfig
+from recap_ds.errors import UsageError
+from recap_ds.models.export_format import VLM_CONFIG_NAME
+from recap_ds.models.vlm_weights import locate_vlm
+from recap_ds.models.whole_files import FileRecord, file_problems, read_checked_json, write_checked_json
+
+FORMAT_VERSION = 1
+
+
+class BaseRecord(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    # run: in run/base/. files: in ``folder``. trained: in every checkpoint.
+    weights: Literal["run", "files", "trained"]
+    folder: str | None = None
+    files: dict[str, FileRecord]  # the weight files, by name in their folder
+
+    def save(self, run: Path) -> None:
+        write_checked_json(run / layout.BASE_RECORD_NAME, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, run: Path) -> "BaseRecord":
+        path = run / layout.BASE_RECORD_NAME
+        try:
+            return cls.model_validate(read_checked_json(path, FORMAT_VERSION))
+        except ValidationError as error:
+            place = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UsageError(f"{path}: is not a base record ('{place}')") from None
+
+    def check(self, folder: Path) -> None:
+        """UsageError unless ``folder`` holds the very files the run was started with."""
+        if problems := file_problems(folder, self.files):
+            raise UsageError(f"{folder}: {problems[0]}; the run was started from other weights, put those back")
+
+
+def frozen_weights(run: Path, model: ModelConfig) -> Path | None:
+    """Folder with the checked weights of the run's frozen VLM; None where the VLM is in the checkpoints."""
+    record = BaseRecord.load(run)
+    if record.weights == "trained":
+        return None
+    folder = run / layout.BASE_NAME
+    if record.weights == "files":
+        folder = Path(record.folder)
+        if not folder.is_dir():  # moved, or the run was copied to another machine
+            folder = locate_vlm(model)
+    record.check(folder)
+    return folder
+
+
+def read_vlm_config(run: Path) -> dict[str, Any]:
+    path = run / layout.BASE_NAME / VLM_CONFIG_NAME
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: the run's VLM architecture cannot be read ({error})") from None

@@ -1,0 +1,193 @@
+"""Between a plain policy in memory and its tensors in files: exports, and one-file checkpoints of plain PyTorch.
+
+Loading is strict: every tensor has a place, every parameter gets a tensor, shapes agree, checksums hold. What does not
+fit is a UsageError naming the first difference; nothing is loaded "best case".
+
+Knows policies only as modules with ``config``, ``contract``, ``vlm`` and heads, so that ``policy.py`` can use it.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from recap_ds.config import PiStarRECAPConfig
+from recap_ds.errors import UsageError
+from recap_ds.models.building import Builder, fill
+from recap_ds.models.export_format import (
+    ADAPTER_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    HEADS,
+    TOKENIZER_NAME,
+    VLM_NAME,
+    ExportContents,
+    ExportRecord,
+    Provenance,
+    head_file,
+    split_adapter,
+    tokenizer_files,
+    vlm_config_json,
+    write_export,
+)
+from recap_ds.models.lora import is_adapter, peft_name
+from recap_ds.models.tensor_file import TensorSource, write_tensor_file
+from recap_ds.models.vlm_weights import locate_vlm, model_name, weight_files
+from recap_ds.models.whole_files import file_problems
+from recap_ds.processing.contract import CONTRACT_NAME, RobotContract
+from recap_ds.recipe import dump_config, load_config
+
+CRITICS = ("critic", "target_critic")
+STATE_FORMAT = "recap_ds plain checkpoint 1"
+
+Policy = TypeVar("Policy", bound=nn.Module)
+
+
+# -- exports ----------------------------------------------------------------------------------------------------------
+
+
+def save_export(policy: nn.Module, folder: str | Path, *, overwrite: bool = False) -> ExportRecord:
+    """Write a policy in memory as an export, in float32."""
+    vlm, adapter = split_adapter(_sources(policy.vlm.paligemma))
+    source = policy.tokenizer_folder or locate_vlm(policy.config.model)
+    contents = ExportContents(
+        config=policy.config,
+        contract=policy.contract,
+        provenance=Provenance(),
+        dtype="float32",
+        vlm=vlm,
+        vlm_config=vlm_config_json(policy.vlm.paligemma.config),
+        adapter=adapter,
+        heads={head: _sources(module) for head, module in policy.named_children() if head in HEADS},
+        tokenizer_files=tokenizer_files(source) if source else (),
+    )
+    return write_export(Path(folder), contents, overwrite=overwrite)
+
+
+def _sources(module: nn.Module) -> dict[str, TensorSource]:
+    return {name: TensorSource.of(parameter.detach()) for name, parameter in module.named_parameters()}
+
+
+def load_export(policy_class: Callable[..., Policy], export: str | Path, overrides: Sequence[str] = ()) -> Policy:
+    """A policy on the CPU in eval mode, float32; ``overrides`` change settings that no weight depends on.
+
+    Where critics were left out of the export, the policy has none: it acts, but cannot judge or train.
+    """
+    folder = locate_export(export)
+    record = ExportRecord.load(folder)
+    if problems := file_problems(folder, record.files):
+        raise UsageError(f"{folder}: {problems[0]}; copy or consolidate the export again")
+    if record.vlm_is_plain_transformers is None:
+        raise UsageError(f"{folder}: holds an adapter alone; load it with peft, or consolidate without --adapter-only")
+    config: PiStarRECAPConfig = load_config(folder / CONFIG_NAME, overrides)
+    policy = policy_class(config, vlm_folder=str(folder / VLM_NAME))
+    policy.contract = RobotContract.load(folder) if CONTRACT_NAME in record.files else None
+    policy.tokenizer_folder = folder / TOKENIZER_NAME if (folder / TOKENIZER_NAME).is_dir() else None
+    for head in HEADS:
+        if head in record.heads:
+            _fill(policy.get_submodule(head), folder / head_file(head))
+        else:
+            assert head in CRITICS, f"{folder} has no {head}"
+            delattr(policy, head)
+    if record.adapter == "separate":
+        _fill_adapter(policy.vlm.paligemma, folder / ADAPTER_NAME / ADAPTER_WEIGHTS_NAME)
+    return policy.eval()
+
+
+def locate_export(export: str | Path) -> Path:
+    """A folder, or a hub id, which is downloaded once into the hub's cache."""
+    folder = Path(export).expanduser()
+    if folder.exists() or str(export).startswith((".", "/", "~")) or str(export).count("/") != 1:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(export)))
+    except Exception as error:  # the hub client raises many kinds; each becomes the same advice
+        reason = str(error).split("\n")[0][:160]
+        raise UsageError(f"{export}: is no folder and not to be had from the hub ({reason})") from None
+
+
+def _fill(module: nn.Module, file: Path) -> None:
+    try:
+        fill(module, _tensors(file), Builder())
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"{file}: does not fit the model of {CONFIG_NAME}: {error}") from None
+
+
+def _fill_adapter(paligemma: nn.Module, file: Path) -> None:
+    params = {peft_name(name): param for name, param in paligemma.named_parameters() if is_adapter(name)}
+    stored = dict(_tensors(file))  # small, unlike the rest
+    for name in sorted(params.keys() ^ stored.keys()):
+        raise UsageError(f"{file}: {'lacks' if name in params else 'has no use for'} '{name}'")
+    for name, param in params.items():
+        if param.shape != stored[name].shape:
+            raise UsageError(f"{file}: '{name}' is {tuple(stored[name].shape)}, the model needs {tuple(param.shape)}")
+        Builder().write(param, stored[name])
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) one at a time; what is no safetensors file is a UsageError."""
+    try:
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, reader.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{file}: cannot be read ({error})") from None
+
+
+def folder_sources(folder: Path) -> dict[str, TensorSource]:
+    """Tensors of a transformers PaliGemma folder by their names inside PaliGemmaModel, none of them read yet."""
+    sources = {}
+    for file in weight_files(folder):
+        try:
+            reader = safe_open(file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{file}: cannot be read ({error})") from None
+        for stored in reader.keys():  # noqa: SIM118
+            if (name := model_name(stored)) is not None:
+                part = reader.get_slice(stored)
+                shape = tuple(part.get_shape())
+                sources[name] = TensorSource(shape, torch.float32, _reading(reader, stored))
+    return sources
+
+
+def _reading(reader: Any, stored: str) -> Callable[[], Tensor]:
+    return lambda: reader.get_tensor(stored)
+
+
+# -- one file, plain PyTorch ------------------------------------------------------------------------------------------
+
+
+def save_state(policy: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None) -> None:
+    """Every parameter in one safetensors file; the recipe and ``metadata`` (JSON) in its header."""
+    header = {
+        "recap_ds": STATE_FORMAT,
+        "config": dump_config(policy.config),
+        "metadata": json.dumps(dict(metadata or {})),
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    write_tensor_file(unfinished, _sources(policy), header)
+    unfinished.replace(path)
+
+
+def load_state(policy: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Fill ``policy`` in place and return the ``metadata`` it was saved with."""
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as reader:
+            header = reader.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from None
+    if header.get("recap_ds") != STATE_FORMAT:
+        raise UsageError(f"{path}: was not written by save_checkpoint; use from_pretrained for an export")
+    _fill(policy, path)
+    return json.loads(header["metadata"])

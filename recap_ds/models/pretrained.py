@@ -1,0 +1,44 @@
+"""Load and save exports: the policy, what it must agree on with a robot, and its tokenizer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from recap_ds.config import PiStarRECAPConfig
+from recap_ds.models.export_format import TOKENIZER_NAME, ExportRecord
+from recap_ds.models.export_weights import load_export, locate_export, save_export
+from recap_ds.models.policy import PiStarRECAPPolicy
+from recap_ds.processing.contract import RobotContract
+from recap_ds.processing.tokens import Tokenizer, build_tokenizer
+
+
+class Pretrained(NamedTuple):
+    policy: PiStarRECAPPolicy  # on the CPU, float32, in eval mode
+    contract: RobotContract | None  # None only where a policy was saved that had never seen data
+    tokenizer: Tokenizer
+
+
+def load_pretrained(export: str | Path, overrides: Sequence[str] = ()) -> Pretrained:
+    """An export folder, or the hub id of one. ``overrides`` (section.key=value) change settings, not weights.
+
+    Raises UsageError where the export is damaged, incomplete or of another format.
+    """
+    folder = locate_export(export)
+    policy = load_export(PiStarRECAPPolicy, folder, overrides)
+    return Pretrained(policy, policy.contract, load_tokenizer(folder, policy.config))
+
+
+def load_tokenizer(folder: Path, config: PiStarRECAPConfig) -> Tokenizer:
+    """The export's own tokenizer; bytes for the tiny VLM."""
+    own = folder / TOKENIZER_NAME
+    if own.is_dir():
+        return build_tokenizer(str(own))
+    return build_tokenizer(config.model.vlm_model_name, config.model.vlm_revision)
+
+
+def save_pretrained(
+    policy: PiStarRECAPPolicy, contract: RobotContract | None, folder: str | Path, *, overwrite: bool = False
+) -> ExportRecord:
+    """Write a policy in memory (not one inside an engine: consolidate its checkpoint) as an export, in float32."""
+    policy.contract = contract
+    return save_export(policy, folder, overwrite=overwrite)

@@ -1,0 +1,103 @@
+"""Files that can be trusted later: flushed when written, and recorded by size and sha256.
+
+Checkpoints and exports list their files this way, so that a truncated, changed or missing one is found before use.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recap_ds.errors import UsageError
+
+HASH_BLOCK_BYTES = 2**22
+MAX_HASH_THREADS = 8  # sha256 releases the interpreter lock; beyond this the disk is the limit
+
+
+class FileRecord(NamedTuple):
+    bytes: int
+    sha256: str
+
+
+def write_text(path: Path, text: str) -> FileRecord:
+    """A small file, flushed to the disk."""
+    data = text.encode()
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def record_file(path: Path) -> FileRecord:
+    """Size and checksum of a file that is there already."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            sha256.update(block)
+        return FileRecord(file.tell(), sha256.hexdigest())
+
+
+def record_files(paths: Sequence[Path]) -> list[FileRecord]:
+    with ThreadPoolExecutor(MAX_HASH_THREADS) as pool:
+        return list(pool.map(record_file, paths))
+
+
+def file_problems(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
+    """What is wrong with ``files`` (relative names) in words: missing, of another size, or changed; [] if all is well.
+
+    Sizes first: they find a truncated file without reading gigabytes.
+    """
+    problems = []
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != record.bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {record.bytes}")
+    if problems:
+        return problems
+    found = record_files([folder / name for name in files])
+    return [
+        f"{name} was changed or damaged (its checksum differs)"
+        for (name, record), now in zip(files.items(), found, strict=True)
+        if now.sha256 != record.sha256
+    ]
+
+
+def write_checked_json(path: Path, body: Mapping[str, Any]) -> None:
+    """``body``, which names its ``format_version``, with a checksum over all of it."""
+    write_text(path, json.dumps({"sha256": _json_checksum(body), **body}, indent=1) + "\n")
+
+
+def read_checked_json(path: Path, format_version: int) -> dict[str, Any]:
+    """What ``write_checked_json`` wrote, or UsageError."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UsageError(f"{path}: is cut off or not JSON") from None
+    if not isinstance(body, dict) or not {"sha256", "format_version"} <= body.keys():
+        raise UsageError(f"{path}: was not written by recap_ds")
+    if body["format_version"] != format_version:
+        raise UsageError(f"{path}: has format {body['format_version']}; this version reads format {format_version}")
+    if body.pop("sha256") != _json_checksum(body):
+        raise UsageError(f"{path}: was changed or damaged (its checksum differs)")
+    return body
+
+
+def _json_checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
