@@ -30,9 +30,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     index.add_argument("--jobs", type=_count, default=1)
     index.set_defaults(run=run_index)
 
-    show = verbs.add_parser("show", help="counts, outcomes and statistics; pictures with --out")
+    show = verbs.add_parser("show", help="counts, outcomes, statistics and a contact sheet of pictures")
     show.add_argument("folder", type=Path, metavar="FOLDER")
-    show.add_argument("--out", type=Path, metavar="PNG", help="also write a contact sheet")
+    show.add_argument("--out", type=Path, metavar="PNG", help="contact sheet (default: FOLDER/contact_sheet.png)")
     show.set_defaults(run=run_show)
 
     verify = verbs.add_parser("verify", help="read every byte; exit 1 with a line per fault")
@@ -62,12 +62,12 @@ def run_index(args: argparse.Namespace) -> int:
 
 def run_show(args: argparse.Namespace) -> int:
     print(describe(args.folder))
-    if args.out is not None:
-        try:
-            contact_sheet(args.folder).save(args.out, format="PNG")
-        except OSError as error:
-            raise UsageError(f"--out {args.out}: cannot be written ({error.strerror})") from None
-        print(f"\n{args.out}: contact sheet")
+    out = args.out or args.folder / "contact_sheet.png"
+    try:
+        contact_sheet(args.folder).save(out, format="PNG")
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(f"\n{out}: contact sheet")
     return 0
 
 
