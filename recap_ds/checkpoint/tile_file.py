@@ -74,7 +74,7 @@ class TileReader:
         """[length] float32 values of the flattened parameter, from ``start`` on."""
         out = torch.empty(length, dtype=torch.float32)
         position, end = start, start + length
-        for piece in self._pieces[kind, name]:
+        for piece in self._pieces.get((kind, name), ()):
             if piece.start + piece.length <= position or position >= end:
                 continue
             if piece.start > position:

@@ -135,7 +135,7 @@ def merged(base: Sources, adapter: Sources, lora: LoraConfig) -> dict[str, Tenso
 
     def fold(stem: str) -> torch.Tensor:
         pair = [f"{stem}.lora_{side}.{ADAPTER}.weight" for side in "AB"]
-        layer = {f"{stem}.base_layer.weight": base[f"{stem}.weight"].read()}
+        layer = {f"{stem}.base_layer.weight": base[f"{stem}.weight"].read().float()}
         layer |= {name: adapter[name].read() for name in pair}
         return dict(merge_adapters(layer, lora))[f"{stem}.weight"]
 

@@ -31,7 +31,9 @@ LAUNCHER_VARIABLES = (
 
 
 def run_ranks(worker: str, world: int, *args: str, timeout_seconds: float = 240.0) -> list[dict[str, Any]]:
-    """Run ``python -m tests.distributed.<worker> *args`` on ``world`` ranks; every rank's result, in rank order.
+    """Run ``python -m tests.<worker> *args`` on ``world`` ranks; every rank's result, in rank order.
+
+    A ``worker`` without a dot is one of ``tests.distributed``.
 
     A single rank is started as plain ``python`` would be, without a launcher's variables. Fails with the output of
     every rank as soon as one of them fails.
@@ -64,7 +66,7 @@ def _start_rank(
     }
     with (folder / f"{rank}.log").open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", f"tests.distributed.{worker}", *args],
+            [sys.executable, "-m", f"tests.{worker}" if "." in worker else f"tests.distributed.{worker}", *args],
             cwd=REPOSITORY,
             env=environment,
             stdout=log,

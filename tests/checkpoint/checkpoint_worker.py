@@ -1,0 +1,153 @@
+"""Two ranks train, save and resume tiny runs; what a single process can check later is left in the folder.
+
+<folder>/<kind>/                    a run with checkpoints of steps 2 and 4
+<folder>/<kind>/truth.safetensors   whole tensors at step 4: raw/, ema/, target/, base/ + name
+<folder>/<kind>/truth.json          losses of steps 4 and 5; actions/ in truth.safetensors
+"""
+
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from recap_ds.checkpoint import save as save_module
+from recap_ds.checkpoint.base import base_folder, ensure_base
+from recap_ds.checkpoint.resume import find_checkpoint, load_checkpoint
+from recap_ds.checkpoint.save import save_checkpoint
+from recap_ds.config import CheckpointConfig
+from recap_ds.distributed.build import gather
+from recap_ds.distributed.reduce import agree
+from recap_ds.distributed.runtime import Runtime
+from recap_ds.distributed.tiles import KEYS, local_tiles, read_adam_step, read_tile
+from recap_ds.errors import RunFailed
+from tests.checkpoint.hand_made import KINDS
+from tests.checkpoint.tiny_run import TinyRun, evaluate_actions, start, start_folder, train
+from tests.distributed.harness import worker_main
+
+RING = {"values": torch.arange(6, dtype=torch.float64).view(2, 3), "counts": torch.tensor([3, 1])}
+
+
+def scenarios(runtime: Runtime, folder: str) -> dict:
+    results = {kind: one_run(runtime, Path(folder) / kind, kind) for kind in KINDS}
+    results["failure"] = failing_rank(runtime, Path(folder) / "frozen")
+    return results
+
+
+def save(run: TinyRun, folder: Path, step: int, runtime: Runtime, **keep) -> Path:
+    return save_checkpoint(
+        folder / "checkpoints",
+        step,
+        runtime=runtime,
+        engine=run.engine,
+        shadows=run.shadows,
+        state={"step": step, "next_slot": 4 * step},
+        tensors=RING,
+        keep=CheckpointConfig(**keep),
+        best=step == 2,
+    )
+
+
+def one_run(runtime: Runtime, folder: Path, kind: str) -> dict:
+    if runtime.info.is_main:
+        start_folder(folder, kind)
+    runtime.barrier()
+    from recap_ds.recipe import load_config
+
+    config = load_config(folder / "config.yaml")
+    run = start(config, runtime)
+    ensure_base(folder, run.engine.module, config, runtime)
+    train(run, range(2), runtime)
+    save(run, folder, 2, runtime)
+    losses = train(run, range(2, 4), runtime)
+    save(run, folder, 4, runtime, also_deepspeed=kind == "full")
+    straight = snapshot(run)
+
+    resumed = start(config, runtime, vlm_folder=base_folder(folder))
+    ensure_base(folder, resumed.engine.module, config, runtime)
+    state, ring = load_checkpoint(
+        folder / "checkpoints" / "step_00000002", runtime=runtime, engine=resumed.engine, shadows=resumed.shadows
+    )
+    resumed_losses = train(resumed, range(2, 4), runtime)
+    differing = [key for key, value in snapshot(resumed).items() if not torch.equal(value, straight[key])]
+    leave_truth(run, folder, runtime)
+    return {
+        "losses": losses,
+        "resumed_losses": resumed_losses,
+        "differing": differing,
+        "num_compared": len(straight),
+        "adam_steps": [read_adam_step(run.engine), read_adam_step(resumed.engine)],
+        "state": state,
+        "ring_is_equal": ring.keys() == RING.keys() and all(torch.equal(ring[name], RING[name]) for name in RING),
+        "found": find_checkpoint(folder / "checkpoints", runtime).name,
+    }
+
+
+def snapshot(run: TinyRun) -> dict[str, Tensor]:
+    """Copies of all that this rank owns, and of what its forward reads."""
+    params = dict(run.engine.module.named_parameters())
+    tiles = {
+        f"{key}/{tile.name}": read_tile(params[tile.name], key).clone()
+        for tile in local_tiles(run.engine)
+        for key in KEYS
+    }
+    for kind, shadow in run.shadows.items():
+        tiles |= {f"{kind}/{tile.name}": values.clone() for tile, values in shadow.tiles()}
+    return tiles | {f"forward/{name}": param.ds_tensor.clone() for name, param in params.items()}
+
+
+def whole_tensors(run: TinyRun) -> Iterator[tuple[str, Tensor]]:
+    """Collective: every rank must call."""
+    for name, param in run.engine.module.named_parameters():
+        with gather([param]):
+            yield name, param.detach().clone()
+
+
+def leave_truth(run: TinyRun, folder: Path, runtime: Runtime) -> None:
+    """By DeepSpeed's own gathers, independent of tiles and files. Collective: every rank must call."""
+    truth = {}
+    for name, value in whole_tensors(run):
+        truth[f"raw/{name}"] = value
+    truth["actions/raw"] = evaluate_actions(run, seed=9)
+    with run.shadows["ema"].swapped_into_online():
+        truth |= {f"ema/{name}": value for name, value in whole_tensors(run)}
+        truth["actions/ema"] = evaluate_actions(run, seed=9)
+    losses = train(run, range(4, 6), runtime)
+    if runtime.info.is_main:
+        save_file(truth, folder / "truth.safetensors")
+        (folder / "truth.json").write_text(json.dumps(losses))
+
+
+def failing_rank(runtime: Runtime, folder: Path) -> dict:
+    """Rank 1's disk is full: nobody has a checkpoint, everybody has the same reason; later it works again."""
+    from recap_ds.recipe import load_config
+
+    run = start(load_config(folder / "config.yaml"), runtime)
+    whole = save_module.write_tile_file
+
+    def full_disk(path, tiles):
+        if runtime.info.rank == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return whole(path, tiles)
+
+    save_module.write_tile_file = full_disk
+    try:
+        save(run, folder, 6, runtime)
+        message = "saved"
+    except RunFailed as error:
+        message = str(error)
+    finally:
+        save_module.write_tile_file = whole
+    before = sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith("."))
+    latest = (folder / "checkpoints" / "latest").readlink().name
+    agree(0, runtime.device)  # nobody saves again before both have looked
+    save(run, folder, 8, runtime, keep_last=1)
+    after = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return {"message": message, "before": before, "latest": latest, "after": after}
+
+
+if __name__ == "__main__":
+    worker_main(scenarios)
