@@ -1,0 +1,170 @@
+"""Whole tiny trainings on real ranks: the numbers that tests/train/test_training.py judges.
+
+python -m tests.train.train_worker FOLDER, where FOLDER/shards holds a reach data set
+"""
+
+import hashlib
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recap_ds.algo.advantage import INDICATOR_IDS
+from recap_ds.checkpoint.resume import load_checkpoint
+from recap_ds.config import PiStarRECAPConfig
+from recap_ds.distributed.build import gather
+from recap_ds.distributed.engine import destroy_engine
+from recap_ds.distributed.runtime import Runtime
+from recap_ds.models.policy import PiStarRECAPPolicy
+from recap_ds.train.loop import train
+from recap_ds.train.session import Session, plan_session, start_session
+from tests.distributed.harness import REPOSITORY, worker_main
+from tests.tiny import tiny_config
+
+STEPS, SAVE_AT = 6, 3
+ZERO3 = str(REPOSITORY / "ds_configs" / "zero3.json")
+GLOBAL_BATCH = 8
+VLM = {
+    "full": {"model": {"freeze_vlm": False}},
+    "lora": {"lora": {"enabled": True, "rank": 4}},
+    "frozen": {},
+}
+
+
+def run_config(folder: Path, name: str, kind: str = "full", **overrides: Any) -> PiStarRECAPConfig:
+    sections: dict[str, Any] = {
+        "model": {"conv_stem": True, "max_prompt_tokens": 40, "image_size": 32},
+        "training": {
+            "batch_size": 2,
+            "global_batch_size": GLOBAL_BATCH,
+            "num_training_steps": STEPS,
+            "num_warmup_steps": 1,
+            "learning_rate": 1e-3,
+            "use_amp": False,
+        },
+        "recap": {"advantage_window": 64, "advantage_window_min": 4, "indicator_warmup_steps": 1},
+        "data": {"shards": str(folder / "shards"), "num_workers": 0, "held_out_fraction": 0.3},
+        "checkpoint": {"save_every_steps": SAVE_AT, "keep_last": 9},
+        "logging": {"every_steps": 1, "wandb": "disabled"},
+        "evaluation": {"every_steps": SAVE_AT, "max_samples": 12, "batch_size": 4},
+    }
+    for part in (VLM[kind], overrides):
+        for key, value in part.items():
+            sections[key] = {**sections.get(key, {}), **value} if isinstance(value, dict) else value
+    return tiny_config(name=name, runs_dir=str(folder / "runs"), chunk_size=10, **sections)
+
+
+def run_whole(runtime: Runtime, config: PiStarRECAPConfig, ds_path: str = ZERO3) -> dict[str, Any]:
+    """Train to the end in this process group; what it logged and where it ended."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the VLM is random and frozen")
+        session = start_session(plan_session(config, ds_path, runtime.info))
+    summary = train(session)
+    run = session.plan.run
+    result = {"summary": summary, "weights": weights(session), "losses": losses(run.metrics)}
+    destroy_engine(session.engine)
+    return result
+
+
+def losses(metrics: Path) -> list[list[float]]:
+    """Per step: loss and its three parts, grad norm, positive fraction; everything a layout could change."""
+    names = ("loss", "policy_loss", "q_loss", "v_loss", "grad_norm", "advantage/mean")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [[line[f"train/{name}"] for name in names] for line in lines if "train/loss" in line]
+
+
+def weights(session: Session) -> dict[str, list[float]]:
+    """A fingerprint of every parameter that can be compared within a tolerance: four moments in float64."""
+    prints = {}
+    for name, parameter in session.engine.module.named_parameters():
+        with gather([parameter]):
+            values = parameter.detach().double().flatten()
+            ramp = torch.linspace(-1, 1, len(values), dtype=torch.float64)
+            prints[name] = [values.sum().item(), values.square().sum().item(), (values * ramp).sum().item()]
+    return prints
+
+
+def files_hash(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.suffix == ".safetensors"
+    }
+
+
+def initial_differences(runtime: Runtime, config: PiStarRECAPConfig) -> list[str]:
+    """Names of parameters and buffers whose initial value is not plain PyTorch's."""
+    session = start_session(plan_session(config, ZERO3, runtime.info))
+    plain = PiStarRECAPPolicy(config)
+    sharded = dict(session.engine.module.named_parameters())
+    different = []
+    for name, parameter in plain.named_parameters():
+        with gather([sharded[name]]):
+            if not torch.equal(parameter, sharded[name]):
+                different.append(name)
+    buffers = dict(session.engine.module.named_buffers())
+    different += [name for name, value in plain.named_buffers() if not torch.equal(value, buffers[name])]
+    destroy_engine(session.engine)
+    return different
+
+
+def resumed_hashes(runtime: Runtime, config: PiStarRECAPConfig) -> dict[str, Any]:
+    """Cut the finished run back to its first checkpoint, continue it, and compare what it ends with."""
+    run = Path(config.runs_dir) / config.name
+    final = run / "checkpoints" / f"step_{STEPS:08d}"
+    before, lines = files_hash(final), losses(run / "metrics.jsonl")
+    runtime.barrier()
+    if runtime.info.is_main:
+        shutil.rmtree(final)
+        (run / "summary.json").unlink()
+        for link in ("latest", "best"):
+            (run / "checkpoints" / link).unlink(missing_ok=True)
+    runtime.barrier()
+    again = run_whole(runtime, config)
+    return {"before": before, "after": files_hash(final), "losses_before": lines, "losses_after": again["losses"]}
+
+
+def conditioning_effect(runtime: Runtime, config: PiStarRECAPConfig) -> dict[str, float]:
+    """After training: distance between the indicator embeddings' effects, and that critics have no such input."""
+    session = start_session(plan_session(config, ZERO3, runtime.info))
+    checkpoint = session.plan.run.checkpoints / f"step_{STEPS:08d}"
+    load_checkpoint(checkpoint, runtime=runtime, engine=session.engine, shadows=session.shadows)
+    embedding = session.engine.module.action_expert.indicator_in.weight
+    with gather([embedding]):
+        rows = {name: embedding[index].clone() for name, index in INDICATOR_IDS.items()}
+    destroy_engine(session.engine)
+    return {"positive_minus_none": (rows["positive"] - rows["none"]).abs().max().item()}
+
+
+def scenarios(runtime: Runtime, folder: str, which: str) -> dict[str, Any]:
+    root = Path(folder)
+    world = runtime.info.world
+    if which == "layout":  # one rank: the reference that two ranks must equal
+        accumulate = {"training": {"batch_size": 8}}
+        return {"full": run_whole(runtime, run_config(root, f"layout_{world}", **accumulate))}
+    results: dict[str, Any] = {}
+    for kind in VLM:
+        config = run_config(root, f"{kind}_{world}", kind)
+        results[f"initial_{kind}"] = initial_differences(runtime, config)
+        results[kind] = run_whole(runtime, config)
+        results[f"resumed_{kind}"] = resumed_hashes(runtime, config)
+    wide = run_config(root, "no_accumulation", training={"batch_size": 4})
+    results["no_accumulation"] = run_whole(runtime, wide)
+    blind = run_config(root, "no_evaluation", evaluation={"every_steps": 1000})
+    results["no_evaluation"] = run_whole(runtime, blind)
+    results["evaluated_bytes"] = files_hash(root / "runs" / f"full_{world}" / "checkpoints" / f"step_{STEPS:08d}")
+    results["blind_bytes"] = files_hash(root / "runs" / "no_evaluation" / "checkpoints" / f"step_{STEPS:08d}")
+    ds_bf16 = root / "bf16.json"
+    if runtime.info.is_main:
+        ds_bf16.write_text(Path(ZERO3).read_text().replace('"enabled": "auto"', '"enabled": true'))
+    runtime.barrier()
+    bf16 = run_config(root, "bf16", training={"use_amp": True, "activation_checkpointing": True})
+    results["bf16"] = run_whole(runtime, bf16, str(ds_bf16))
+    return results
+
+
+if __name__ == "__main__":
+    worker_main(scenarios)
