@@ -70,7 +70,10 @@ def random_observation(
 def random_batch(
     config: PiStarRECAPConfig, batch_size: int, seed: int, num_cameras: int = 2, num_tasks: int = 2
 ) -> TransitionBatch:
-    """Rows 0, 1, 2, 3, ... are demo, auto, intervention, demo, ...; the last row has no TD target (k = 0)."""
+    """Rows 0, 1, 2, 3, ... are demo, auto, intervention, demo, ...
+
+    The task ends inside the window of rows 1, 5, ...; the last row has no TD target (k = 0).
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> torch.Tensor:
@@ -86,7 +89,7 @@ def random_batch(
     td_steps = torch.where(row == batch_size - 1, 0, num_valid)
     action_valid = torch.arange(horizon) < num_valid[:, None]
     action_dim_mask = (torch.arange(shape[1]) < shape[1] - 1).expand(batch_size, -1).contiguous()
-    continues = (uniform(batch_size) < 0.7) | (row == batch_size - 1)
+    continues = (row % 4 != 1) | (row == batch_size - 1)
     later = random_observation(config, batch_size, generator, num_cameras)
     source = row % len(SOURCE_IDS)
     return TransitionBatch(

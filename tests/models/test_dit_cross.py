@@ -75,6 +75,17 @@ def test_the_order_of_the_chunk_matters():
     assert (flipped - velocity(expert, valid=valid)).abs().amax(dim=(2, 3)).min() > 1e-3
 
 
+def test_every_frame_gets_its_own_velocity():
+    expert = build(awake=False)  # sleeping blocks: no frame sees another
+    wake(expert.action_out)
+    x_t, valid = arguments()["x_t"], torch.ones(BATCH, CHUNK, dtype=torch.bool)
+    moved = x_t.clone()
+    moved[:, :, 2] += 1.0
+    difference = velocity(expert, x_t=moved, valid=valid) - velocity(expert, x_t=x_t, valid=valid)
+    changed = difference.abs().amax(dim=(0, 1, 3)) > 1e-6
+    assert changed.tolist() == [False, False, True, False]
+
+
 def test_what_pads_a_chunk_changes_nothing():
     expert, given = build(), arguments()
     x_t, valid = given["x_t"], given["valid"][:, None, :, None]

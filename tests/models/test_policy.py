@@ -6,6 +6,7 @@ import torch
 from recap_ds.algo.advantage import INDICATOR_IDS, AdvantageScale
 from recap_ds.batch import SOURCE_IDS, Observation, map_tensors
 from recap_ds.models.losses import count_flow_elements, local_counts, normalizers
+from recap_ds.models.pixels import to_pixels
 from recap_ds.models.policy import PiStarRECAPPolicy
 from tests.tiny import random_batch, tiny_config, wake
 
@@ -159,6 +160,53 @@ def test_padding_changes_no_output_and_no_gradient():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
+def test_the_policy_loss_is_the_velocity_error_of_real_actions():
+    policy, batch = build()
+    out, now = train(policy, batch), batch.observation
+    expert = policy.action_expert
+    with torch.no_grad():
+        context = expert.encode_prefix(policy.vlm(now, to_pixels(now.images)))
+        time = batch.time[:, :, None, None]  # 1 is noise
+        noise = batch.noise * batch.action_dim_mask[:, None, None, :]
+        x_t = time * noise + (1.0 - time) * batch.actions[:, None]
+        indicator = out.indicator[:, None].expand(-1, 2)
+        field = expert(context, now.state, x_t, batch.time, indicator, batch.action_valid)
+    for i in range(8):
+        frames, dims = int(batch.action_valid[i].sum()), int(batch.action_dim_mask[i].sum())
+        error = (field[i] - (noise[i] - batch.actions[i]))[:, :frames, :dims].square().mean()
+        torch.testing.assert_close(out.policy_loss[i], error)
+
+
+def test_critic_losses_equal_the_equations_on_the_networks_outputs():
+    policy, batch = build()
+    with torch.no_grad():  # a target that lags behind, values that vary
+        for module in (policy.critic, policy.target_critic):
+            for parameter in module.parameters():
+                parameter.add_(
+                    0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+                )
+        policy.target_critic.heads[0].output.bias.add_(0.2)
+        now, later = batch.observation, batch.next_observation
+        prefix, next_prefix = (policy.vlm(seen, to_pixels(seen.images)) for seen in (now, later))
+        shown = (prefix, now.state, batch.actions, batch.td_action_valid)
+        q, slow = policy.critic.q(*shown), policy.target_critic(*shown).amin(dim=0)
+        v, next_v = policy.critic.v(prefix, now.state), policy.critic.v(next_prefix, later.state)
+    out = train(policy, batch)
+    torch.testing.assert_close(out.q, slow)
+    torch.testing.assert_close(out.v, v)
+    torch.testing.assert_close(out.advantage, slow - v)
+    ends = 0
+    for i in range(7):
+        bootstrap = float(batch.chunk_discount[i] * next_v[i]) if batch.continues[i] else 0.0
+        ends += not batch.continues[i]
+        target = min(max(float(batch.chunk_reward[i]) + bootstrap, -1.0), 0.0)
+        assert out.q_loss[i].item() == pytest.approx(sum((float(head[i]) - target) ** 2 for head in q), rel=1e-4)
+        error = float(slow[i] - v[i])
+        assert out.v_loss[i].item() == pytest.approx((0.7 if error > 0 else 0.3) * error**2, rel=1e-3)
+        assert out.td_error[i].item() == pytest.approx(float(q[:, i].mean()) - target, rel=1e-4)
+    assert 0 < ends < 7
+
+
 def test_the_last_row_without_target_still_trains_the_policy():
     policy, batch = build()
     assert not batch.td_valid[7]
@@ -255,12 +303,44 @@ def test_bfloat16_weights_give_float32_losses_and_values():
     assert all(gradient.isfinite().all() for gradient in gradients(policy, out.loss).values())
 
 
-def test_activation_checkpointing_changes_no_gradient():
-    expected, batch = build(**FULL)
-    policy, _ = build(**FULL, training={"activation_checkpointing": True})
-    want, got = (gradients(p, train(p, batch).loss) for p in (expected, policy))
-    for name, gradient in want.items():
-        torch.testing.assert_close(got[name], gradient, msg=name)
+@pytest.mark.parametrize("variant", [FROZEN, FULL], ids=["frozen", "full"])
+def test_activation_checkpointing_keeps_less_and_changes_no_gradient(variant):
+    expected, batch = build(**variant)
+    policy, _ = build(**variant, training={"activation_checkpointing": True})
+    found, kept = [], []
+    for p in (expected, policy):
+        packed = []
+        with torch.autograd.graph.saved_tensors_hooks(_count(packed), lambda tensor: tensor):
+            loss = train(p, batch).loss
+        found.append(gradients(p, loss))
+        kept.append(sum(packed))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+    assert kept[1] < 0.7 * kept[0]
+
+
+def _count(packed):
+    def pack(tensor):
+        packed.append(tensor.numel())
+        return tensor
+
+    return pack
+
+
+def test_augmentation_moves_both_observations_alike():
+    policy, batch = build(data={"augmentation": "shift_and_color"})
+    plain, _ = build()
+    draws = torch.full_like(batch.augmentation, 0.5)
+    draws[:, 1] = 1.0  # two of 32 pixels to the left
+
+    def moved(seen):
+        columns = (torch.arange(32) + 2).clamp(max=31)
+        return seen._replace(images=seen.images[..., columns])
+
+    shifted = batch._replace(observation=moved(batch.observation), next_observation=moved(batch.next_observation))
+    out, expected = train(policy, batch._replace(augmentation=draws)), train(plain, shifted)
+    for name, value, other in zip(out._fields, out, expected, strict=True):
+        torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_augmentation_is_for_training_alone():
@@ -271,3 +351,4 @@ def test_augmentation_is_for_training_alone():
     torch.testing.assert_close(train(policy, identity).v, train(plain, batch).v)
     evaluated = (p(batch, "evaluate", READY, normalizers(local_counts(batch)), False) for p in (policy, plain))
     torch.testing.assert_close(*(out.v for out in evaluated))
+    torch.testing.assert_close(train(policy.eval(), batch).v, train(plain.eval(), batch).v)
