@@ -18,12 +18,12 @@ from recap_ds.checkpoint import save as save_module
 from recap_ds.checkpoint.base import base_folder, ensure_base
 from recap_ds.checkpoint.resume import find_checkpoint, load_checkpoint
 from recap_ds.checkpoint.save import save_checkpoint
-from recap_ds.config import CheckpointConfig
+from recap_ds.config import CheckpointConfig, PiStarRECAPConfig
 from recap_ds.distributed.build import gather
-from recap_ds.distributed.reduce import agree
 from recap_ds.distributed.runtime import Runtime
-from recap_ds.distributed.tiles import KEYS, local_tiles, read_adam_step, read_tile
+from recap_ds.distributed.tiles import KEYS, local_shard, local_tiles, read_adam_step, read_tile
 from recap_ds.errors import RunFailed
+from recap_ds.recipe import load_config
 from tests.checkpoint.hand_made import KINDS
 from tests.checkpoint.tiny_run import TinyRun, evaluate_actions, start, start_folder, train
 from tests.distributed.harness import worker_main
@@ -33,7 +33,7 @@ RING = {"values": torch.arange(6, dtype=torch.float64).view(2, 3), "counts": tor
 
 def scenarios(runtime: Runtime, folder: str) -> dict:
     results = {kind: one_run(runtime, Path(folder) / kind, kind) for kind in KINDS}
-    results["failure"] = failing_rank(runtime, Path(folder) / "frozen")
+    results["failure"] = failing_rank(runtime, Path(folder) / "failure")
     return results
 
 
@@ -51,13 +51,15 @@ def save(run: TinyRun, folder: Path, step: int, runtime: Runtime, **keep) -> Pat
     )
 
 
-def one_run(runtime: Runtime, folder: Path, kind: str) -> dict:
+def new_folder(folder: Path, kind: str, runtime: Runtime) -> PiStarRECAPConfig:
     if runtime.info.is_main:
         start_folder(folder, kind)
     runtime.barrier()
-    from recap_ds.recipe import load_config
+    return load_config(folder / "config.yaml")
 
-    config = load_config(folder / "config.yaml")
+
+def one_run(runtime: Runtime, folder: Path, kind: str) -> dict:
+    config = new_folder(folder, kind, runtime)
     run = start(config, runtime)
     ensure_base(folder, run.engine.module, config, runtime)
     train(run, range(2), runtime)
@@ -96,7 +98,7 @@ def snapshot(run: TinyRun) -> dict[str, Tensor]:
     }
     for kind, shadow in run.shadows.items():
         tiles |= {f"{kind}/{tile.name}": values.clone() for tile, values in shadow.tiles()}
-    return tiles | {f"forward/{name}": param.ds_tensor.clone() for name, param in params.items()}
+    return tiles | {f"forward/{name}": local_shard(param).clone() for name, param in params.items()}
 
 
 def whole_tensors(run: TinyRun) -> Iterator[tuple[str, Tensor]]:
@@ -123,9 +125,9 @@ def leave_truth(run: TinyRun, folder: Path, runtime: Runtime) -> None:
 
 def failing_rank(runtime: Runtime, folder: Path) -> dict:
     """Rank 1's disk is full: nobody has a checkpoint, everybody has the same reason; later it works again."""
-    from recap_ds.recipe import load_config
-
-    run = start(load_config(folder / "config.yaml"), runtime)
+    run = start(new_folder(folder, "frozen", runtime), runtime)
+    save(run, folder, 2, runtime)
+    save(run, folder, 4, runtime)
     whole = save_module.write_tile_file
 
     def full_disk(path, tiles):
@@ -143,7 +145,7 @@ def failing_rank(runtime: Runtime, folder: Path) -> dict:
         save_module.write_tile_file = whole
     before = sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith("."))
     latest = (folder / "checkpoints" / "latest").readlink().name
-    agree(0, runtime.device)  # nobody saves again before both have looked
+    runtime.barrier()  # nobody saves again before both have looked
     save(run, folder, 8, runtime, keep_last=1)
     after = sorted(path.name for path in (folder / "checkpoints").iterdir())
     return {"message": message, "before": before, "latest": latest, "after": after}

@@ -84,10 +84,8 @@ def rank_slice(nest: Any, runtime: Runtime) -> Any:
     return type(nest)(*(rank_slice(part, runtime) for part in nest))
 
 
-def start_folder(run: Path, kind: str) -> PiStarRECAPConfig:
+def start_folder(run: Path, kind: str) -> None:
     """What the training loop writes at the start; rank 0 only."""
-    config = make_config(kind)
     (run / layout.CHECKPOINTS_NAME).mkdir(parents=True)
-    (run / layout.CONFIG_NAME).write_text(dump_config(config))
+    (run / layout.CONFIG_NAME).write_text(dump_config(make_config(kind)))
     CONTRACT.save(run)
-    return config
