@@ -1,42 +1,15 @@
-"""One training forward: who gets gradient, how losses are normalised and weighted, who is shown which indicator."""
+"""One training forward: who gets gradient, how losses are normalised, and what may not change them."""
 
 import pytest
 import torch
 
-from recap_ds.algo.advantage import INDICATOR_IDS, AdvantageScale
-from recap_ds.batch import SOURCE_IDS, Observation, map_tensors
+from recap_ds.batch import Observation
 from recap_ds.models.losses import count_flow_elements, local_counts, normalizers
 from recap_ds.models.pixels import to_pixels
-from recap_ds.models.policy import PiStarRECAPPolicy
-from tests.tiny import random_batch, tiny_config, wake
+from tests.models.tiny_policy import FROZEN, FULL, LORA, READY, build, gradients, rows, train
+from tests.tiny import random_batch, tiny_config
 
-FROZEN, FULL = {"model": {"freeze_vlm": True}}, {"model": {"freeze_vlm": False}}
-LORA = {"lora": {"enabled": True, "rank": 4}}
 EXTRACTIONS = ("conditioned", "weighted", "both")
-NONE, NEGATIVE, POSITIVE = (INDICATOR_IDS[name] for name in ("none", "negative", "positive"))
-READY = AdvantageScale(torch.tensor([0.0, 0.01]), torch.tensor([0.05, 0.1]), torch.tensor([True, True]))
-
-
-def build(**overrides):
-    config = tiny_config(**overrides)
-    policy = PiStarRECAPPolicy(config)
-    wake(policy)
-    return policy, random_batch(config, 8, seed=0)
-
-
-def train(policy, batch, scale=READY, counts=None, warming_up=False):
-    counts = local_counts(batch) if counts is None else counts
-    return policy(batch, "train", scale, normalizers(counts), warming_up)
-
-
-def gradients(policy, loss):
-    policy.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
-
-
-def rows(batch, part):
-    return map_tensors(lambda tensor: tensor[part], batch)
 
 
 @pytest.mark.parametrize("extraction", EXTRACTIONS)
@@ -213,78 +186,6 @@ def test_the_last_row_without_target_still_trains_the_policy():
     out = train(policy, batch)
     assert out.policy_loss[7] > 0
     assert out.q_loss[7] == out.v_loss[7] == out.td_error[7] == 0
-
-
-def expected_indicator(batch, advantage, scale, demos="positive", known=True):
-    """Sample by sample, in words of the paper."""
-    chosen = []
-    for i in range(len(advantage)):
-        source = int(batch.source[i])
-        if batch.indicator_dropped[i]:
-            chosen.append(NONE)
-        elif source == SOURCE_IDS["intervention"] or (source == SOURCE_IDS["demo"] and demos == "positive"):
-            chosen.append(POSITIVE)
-        elif not (known and scale.ready[batch.task[i]] and batch.td_valid[i]):
-            chosen.append(NONE)
-        else:
-            chosen.append(POSITIVE if advantage[i] > scale.threshold[batch.task[i]] else NEGATIVE)
-    return chosen
-
-
-@pytest.mark.parametrize("demos", ["positive", "labelled"])
-def test_indicators_of_a_ready_scale(demos):
-    policy, batch = build(recap={"demos": demos})
-    advantage = train(policy, batch).advantage
-    middle = advantage.median().expand(2)  # some above, some not
-    scale = READY._replace(threshold=middle)
-    indicator = train(policy, batch, scale).indicator.tolist()
-    assert indicator == expected_indicator(batch, advantage, scale, demos)
-    assert set(indicator) == {NONE, NEGATIVE, POSITIVE} if demos == "labelled" else POSITIVE in indicator
-
-
-def test_corrections_are_positive_and_dropped_ones_carry_nothing():
-    policy, batch = build()
-    kept = batch._replace(
-        source=torch.full_like(batch.source, SOURCE_IDS["intervention"]),
-        indicator_dropped=torch.zeros_like(batch.indicator_dropped),
-    )
-    never = READY._replace(threshold=torch.full((2,), torch.inf))
-    assert train(policy, kept, never).indicator.tolist() == [POSITIVE] * 8
-    dropped = kept._replace(indicator_dropped=torch.ones_like(batch.indicator_dropped))
-    assert train(policy, dropped, never).indicator.tolist() == [NONE] * 8
-
-
-def test_warm_up_and_a_scale_that_is_not_ready_give_no_indicator_and_weight_one():
-    policy, batch = build(recap={"policy_extraction": "both"})
-    infinite = torch.full((2,), torch.inf)
-    waiting = AdvantageScale(infinite, infinite, torch.tensor([False, False]))
-    for out in (train(policy, batch, READY, warming_up=True), train(policy, batch, waiting)):
-        assert out.indicator.tolist() == expected_indicator(batch, out.advantage, waiting)
-        assert out.weight.tolist() == [1.0, 1.0, 2.0] * 2 + [1.0, 1.0]
-
-
-@pytest.mark.parametrize("extraction", EXTRACTIONS)
-def test_weights_equal_hand_computed_ones(extraction):
-    recap = {"policy_extraction": extraction, "demo_weight": 0.5, "auto_weight": 1.5, "intervention_weight": 3.0}
-    policy, batch = build(recap=recap, iql={"temperature": 0.5})
-    out = train(policy, batch)
-    for i in range(8):
-        weight = {0: 0.5, 1: 1.5, 2: 3.0}[int(batch.source[i])]
-        if extraction != "conditioned" and batch.td_valid[i]:
-            sigma = READY.sigma[batch.task[i]]
-            weight *= min(float(torch.exp(out.advantage[i].double() / (0.5 * sigma))), 100.0)
-        assert out.weight[i].item() == pytest.approx(weight, rel=1e-5)
-    assert (out.indicator == NONE).all() == (extraction == "weighted")
-
-
-def test_the_indicator_reaches_the_policy_and_never_the_critics():
-    policy, batch = build()
-    shown = train(policy, batch._replace(indicator_dropped=torch.zeros_like(batch.indicator_dropped)))
-    hidden = train(policy, batch._replace(indicator_dropped=torch.ones_like(batch.indicator_dropped)))
-    assert (shown.indicator != hidden.indicator).any()
-    assert not torch.equal(shown.policy_loss, hidden.policy_loss)
-    for name in ("q", "v", "advantage", "q_loss", "v_loss", "td_error"):
-        assert torch.equal(getattr(shown, name), getattr(hidden, name)), name
 
 
 def test_training_outputs_are_detached_but_for_the_loss():

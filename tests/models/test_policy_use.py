@@ -5,7 +5,7 @@ import torch
 
 from recap_ds.models.losses import local_counts, normalizers
 from recap_ds.models.policy import PiStarRECAPPolicy
-from tests.models.test_policy import FROZEN, FULL, LORA, READY, build
+from tests.models.tiny_policy import FROZEN, FULL, LORA, READY, build
 from tests.tiny import random_batch, tiny_config
 
 
