@@ -1,4 +1,4 @@
-"""Evaluate: ``deepspeed launch/evaluate.py --checkpoint EXPORT --shards FOLDER [section.key=value ...]``."""
+"""Evaluate: ``deepspeed launch/evaluate.py --checkpoint EXPORT_OR_RUN --shards FOLDER [section.key=value ...]``."""
 
 import sys
 

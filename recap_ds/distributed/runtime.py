@@ -12,10 +12,12 @@ import logging
 import os
 import resource
 import socket
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +137,15 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def wait_for_file(path: Path, timeout_seconds: float, otherwise: str) -> None:
+    """Until ``path`` is there, made by another rank: for what is shared before there is a process group."""
+    deadline = time.monotonic() + timeout_seconds
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            raise UsageError(f"{otherwise} within {timeout_seconds:.0f} s; see rank 0's output")
+        time.sleep(0.2)
 
 
 def stop_runtime() -> None:
