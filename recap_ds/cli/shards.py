@@ -5,11 +5,9 @@ import sys
 from pathlib import Path
 
 from recap_ds.cli import shards_import
-from recap_ds.data.rebuild import rebuild
-from recap_ds.data.show import contact_sheet, describe
-from recap_ds.data.verify import verify_shards
-from recap_ds.envs.scripted import write_reach_shards
 from recap_ds.errors import UsageError
+
+# What a verb does is imported when it runs: torch takes seconds, and --help should not.
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -42,6 +40,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run_make(args: argparse.Namespace) -> int:
+    from recap_ds.envs.scripted import write_reach_shards
+
     manifest = write_reach_shards(
         args.out,
         num_demo=args.episodes,
@@ -55,12 +55,16 @@ def run_make(args: argparse.Namespace) -> int:
 
 
 def run_index(args: argparse.Namespace) -> int:
+    from recap_ds.data.rebuild import rebuild
+
     manifest = rebuild(args.folder, jobs=args.jobs)
     print(f"{args.folder}: indexed {manifest.num_samples} samples in {len(manifest.shards)} shards")
     return 0
 
 
 def run_show(args: argparse.Namespace) -> int:
+    from recap_ds.data.show import contact_sheet, describe
+
     print(describe(args.folder))
     out = args.out or args.folder / "contact_sheet.png"
     try:
@@ -72,6 +76,8 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    from recap_ds.data.verify import verify_shards
+
     findings = verify_shards(args.folder, jobs=args.jobs)
     for finding in findings:
         print(finding, file=sys.stderr)

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from recap_ds.batch import OUTCOME_IDS
 from recap_ds.config import SOURCES
-from recap_ds.data.episodes import Episode
-from recap_ds.data.writer import Progress, WriteReport, write_shards
 from recap_ds.errors import UsageError
 
 if TYPE_CHECKING:
+    from recap_ds.data.episodes import Episode
     from recap_ds.data.lerobot.metadata import DatasetMetadata
     from recap_ds.data.lerobot.reader import ImportOptions
+    from recap_ds.data.writer import Progress, WriteReport
 
 # Decoding scales with cores; beyond this the disk is the limit.
 MAX_DEFAULT_JOBS = 16
@@ -91,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         if error.name is None or error.name.partition(".")[0] not in ("pyarrow", "av"):
             raise
         raise UsageError(f"shards import needs the package {error.name}: pip install 'recap_ds[lerobot]'") from None
+    from recap_ds.data.writer import write_shards
+
     metadata = load_metadata(args.src)
     options = ImportOptions(
         source=args.source,
@@ -131,7 +132,7 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     tasks: Counter[str] = field(default_factory=Counter)
 
-    def count(self, episodes: Iterable[Episode]) -> Iterator[Episode]:
+    def count(self, episodes: "Iterable[Episode]") -> "Iterator[Episode]":
         for episode in episodes:
             self.num_frames += episode.num_frames
             self.num_human_frames += 0 if episode.human is None else int(episode.human.sum())
@@ -144,10 +145,12 @@ def _summary(
     metadata: "DatasetMetadata",
     options: "ImportOptions",
     tally: Tally,
-    report: WriteReport,
+    report: "WriteReport",
     image_size: int,
     out: Path,
 ) -> Iterator[str]:
+    from recap_ds.batch import OUTCOME_IDS
+
     human = f", {tally.num_human_frames} under human control" if options.source == "intervention" else ""
     fps = options.fps or metadata.fps
     yield f"{options.name}: {report.num_episodes} episodes, {tally.num_frames} frames at {fps:g} fps{human}"
@@ -161,7 +164,7 @@ def _summary(
 
 
 @contextmanager
-def _progress_bars(num_episodes: int) -> Iterator[Progress]:
+def _progress_bars(num_episodes: int) -> "Iterator[Progress]":
     """One bar per phase on stderr; none where stderr is no terminal."""
     bars: dict[str, tqdm] = {}
 

@@ -174,7 +174,7 @@ def step_figures(session: Session, progress: Progress, result: StepResult) -> di
 
 
 def announce(session: Session, logbook: Logbook, progress: Progress, held_out: HeldOutEvaluation) -> None:
-    plan, sizes = session.plan, session.plan.sizes
+    plan, config, sizes = session.plan, session.plan.config, session.plan.sizes
     counts = {
         name: sum(whole_numel(parameter) for parameter in child.parameters())
         for name, child in session.engine.module.named_children()
@@ -185,6 +185,9 @@ def announce(session: Session, logbook: Logbook, progress: Progress, held_out: H
         f"batch: {sizes.total} = {sizes.micro} x {sizes.accumulation} accumulation x {sizes.world} ranks; "
         f"{held_out.num_samples} held-out samples"
     )
+    if session.engine.module.vlm.random_init:
+        fate = "frozen: nothing trains it" if config.model.freeze_vlm else "untrained: critics begin on empty features"
+        logbook.say(f"warning: the VLM's weights are random and {fate}")
     logbook.say(f"{'continuing' if progress.step else 'starting'} {plan.run.path} at step {progress.step}")
 
 

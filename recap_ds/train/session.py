@@ -4,7 +4,6 @@
 builds the sharded model, engine and shadows. The loop then only loops.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,8 +111,6 @@ def start_session(plan: Plan) -> Session:
     runtime.barrier()
     builder = ShardedBuilder(plan.ds_config, runtime.device)
     policy = PiStarRECAPPolicy(config, builder, vlm_folder=base_folder(plan.run.path))
-    if runtime.info.is_main and policy.vlm.random_init and config.model.freeze_vlm:
-        warnings.warn("the VLM is random and frozen: nothing will ever train it", stacklevel=2)
     groups = policy.parameter_groups()
     peak_rates = {group["name"]: group["lr"] for group in groups}
     engine = build_engine(policy, groups, plan.ds_config, betas=config.training.betas)

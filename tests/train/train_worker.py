@@ -6,7 +6,6 @@ python -m tests.train.train_worker FOLDER, where FOLDER/shards holds a reach dat
 import hashlib
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +58,7 @@ def run_config(folder: Path, name: str, kind: str = "full", **overrides: Any) ->
 
 def run_whole(runtime: Runtime, config: PiStarRECAPConfig, ds_path: str = ZERO3) -> dict[str, Any]:
     """Train to the end in this process group; what it logged and where it ended."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the VLM is random and frozen")
-        session = start_session(plan_session(config, ds_path, runtime.info))
+    session = start_session(plan_session(config, ds_path, runtime.info))
     summary = train(session)
     run = session.plan.run
     result = {"summary": summary, "weights": weights(session), "losses": losses(run.metrics)}
