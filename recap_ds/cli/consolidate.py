@@ -15,7 +15,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Write CHECKPOINT as an export: safetensors, a VLM that transformers loads, the recipe and the "
         "robot's contract. Works from any number of ranks, in one process, without DeepSpeed.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run, a step folder, latest or best")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="a run, a step folder, latest, best, or a folder of DeepSpeed's own",
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument(
         "--weights", choices=("ema", "raw"), help="the average of training or the last step's (default: ema if kept)"

@@ -172,3 +172,26 @@ def test_damage_is_found_before_anything_is_written(lora_run, tmp_path):
     with pytest.raises(UsageError, match="was started from other weights"):
         consolidate(run / "best", tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# -- DeepSpeed's own folders -------------------------------------------------------------------------------------------
+
+
+def test_deepspeeds_own_checkpoint_gives_the_same_export(two_ranks, tmp_path):
+    step = two_ranks[0] / "full/checkpoints/step_00000004"
+    ours = consolidate(step, tmp_path / "ours", weights="raw")
+    native = consolidate(step / "deepspeed/zero", tmp_path / "native")
+    assert native.provenance == ours.provenance and native.files == ours.files
+
+
+def test_damage_in_deepspeeds_own_checkpoint_is_one_line(two_ranks, tmp_path):
+    run = shutil.copytree(two_ranks[0] / "full", tmp_path / "run", symlinks=True)
+    native = run / "checkpoints/step_00000004/deepspeed/zero"
+    with pytest.raises(UsageError, match="holds no average"):
+        consolidate(native, tmp_path / "export", weights="ema")
+    (native / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"half")
+    with pytest.raises(UsageError, match="DeepSpeed cannot read its checkpoint"):
+        consolidate(native, tmp_path / "export")
+    shutil.move(native, tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="lies in no run folder"):
+        consolidate(tmp_path / "elsewhere", tmp_path / "export")
