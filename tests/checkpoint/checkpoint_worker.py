@@ -1,8 +1,10 @@
 """Two ranks train, save and resume tiny runs; what a single process can check later is left in the folder.
 
 <folder>/<kind>/                    a run with checkpoints of steps 2 and 4
-<folder>/<kind>/truth.safetensors   whole tensors at step 4: raw/, ema/, target/, base/ + name
-<folder>/<kind>/truth.json          losses of steps 4 and 5; actions/ in truth.safetensors
+<folder>/<kind>/truth.safetensors   whole tensors at step 4 (raw/ and ema/ + name) and the engine's actions
+<folder>/<kind>/truth.json          losses of steps 4 and 5
+<folder>/<ds config>/               a run in bf16 under another shipped DeepSpeed config
+<folder>/failure/                   a run on which one rank's disk was full
 """
 
 import errno
@@ -31,8 +33,13 @@ from tests.distributed.harness import worker_main
 RING = {"values": torch.arange(6, dtype=torch.float64).view(2, 3), "counts": torch.tensor([3, 1])}
 
 
+# Other shipped DeepSpeed configs, all in bf16; hpZ last, as its groups are a global of DeepSpeed.
+LAYOUTS = ("zero3_offload", "zero2", "zero3_hpz")
+
+
 def scenarios(runtime: Runtime, folder: str) -> dict:
     results = {kind: one_run(runtime, Path(folder) / kind, kind) for kind in KINDS}
+    results |= {ds_name: other_layout(runtime, Path(folder) / ds_name, ds_name) for ds_name in LAYOUTS}
     results["failure"] = failing_rank(runtime, Path(folder) / "failure")
     return results
 
@@ -86,6 +93,22 @@ def one_run(runtime: Runtime, folder: Path, kind: str) -> dict:
         "ring_is_equal": ring.keys() == RING.keys() and all(torch.equal(ring[name], RING[name]) for name in RING),
         "found": find_checkpoint(folder / "checkpoints", runtime).name,
     }
+
+
+def other_layout(runtime: Runtime, folder: Path, ds_name: str) -> dict:
+    """Resume at the layout that wrote, in bf16: masters come back, not the rounded weights of the forward."""
+    config = new_folder(folder, "lora", runtime)
+    run = start(config, runtime, ds_name, bf16=True)
+    ensure_base(folder, run.engine.module, config, runtime)
+    train(run, range(2), runtime)
+    path = save(run, folder, 2, runtime)
+    losses = train(run, range(2, 4), runtime)
+    resumed = start(config, runtime, ds_name, base_folder(folder), bf16=True)
+    load_checkpoint(path, runtime=runtime, engine=resumed.engine, shadows=resumed.shadows)
+    resumed_losses = train(resumed, range(2, 4), runtime)
+    straight = snapshot(run)
+    differing = [key for key, value in snapshot(resumed).items() if not torch.equal(value, straight[key])]
+    return {"losses": losses, "resumed_losses": resumed_losses, "differing": differing}
 
 
 def snapshot(run: TinyRun) -> dict[str, Tensor]:

@@ -29,6 +29,13 @@ def test_two_steps_and_two_more_are_four_bit_for_bit(two_ranks, kind):
         assert result["found"] == "step_00000004"
 
 
+@pytest.mark.parametrize("ds_name", ["zero3_offload", "zero2", "zero3_hpz"])
+def test_bfloat16_comes_back_bit_for_bit_under_every_shipped_config(two_ranks, ds_name):
+    for result in (rank[ds_name] for rank in two_ranks[1]):
+        assert result["resumed_losses"] == result["losses"]
+        assert result["differing"] == []
+
+
 @pytest.mark.parametrize(("kind", "ds_name"), [("frozen", "zero3"), ("lora", "zero2"), ("full", "zero2")])
 def test_one_rank_goes_on_where_two_stopped(two_ranks, runtime, kind, ds_name):
     folder = two_ranks[0] / kind

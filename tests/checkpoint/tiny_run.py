@@ -31,12 +31,19 @@ class TinyRun(NamedTuple):
 
 
 def start(
-    config: PiStarRECAPConfig, runtime: Runtime, ds_name: str = "zero3", vlm_folder: str | None = None
+    config: PiStarRECAPConfig,
+    runtime: Runtime,
+    ds_name: str = "zero3",
+    vlm_folder: str | None = None,
+    bf16: bool = False,
 ) -> TinyRun:
     """An engine at step 0. Collective: every rank must call."""
     world = runtime.info.world
     sizes = BatchSizes(micro=GLOBAL_BATCH // world, accumulation=1, world=world)
-    ds, _ = resolve_ds_config(load_ds_config(REPOSITORY / f"ds_configs/{ds_name}.json"), config, sizes, on_cpu=True)
+    raw = load_ds_config(REPOSITORY / f"ds_configs/{ds_name}.json")
+    raw["bf16"] = {"enabled": bf16}
+    config = config.model_copy(update={"training": config.training.model_copy(update={"use_amp": bf16})})
+    ds, _ = resolve_ds_config(raw, config, sizes, on_cpu=True)
     model = PiStarRECAPPolicy(config, ShardedBuilder(ds, runtime.device), vlm_folder)
     engine = build_engine(model, model.parameter_groups(), ds)
     params = dict(engine.module.named_parameters())
