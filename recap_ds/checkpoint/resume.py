@@ -62,7 +62,7 @@ def load_checkpoint(
     refresh_forward_copies(engine)
     for shadow in shadows.values():
         shadow.write_targets()
-    return record.state, load_file(path / layout.SHARED_NAME)
+    return record.state, on_every_rank(runtime, lambda: load_file(path / layout.SHARED_NAME))
 
 
 def read_state(path: Path) -> dict[str, Any]:

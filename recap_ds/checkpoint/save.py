@@ -28,6 +28,7 @@ from recap_ds.distributed.reduce import gather_flat
 from recap_ds.distributed.runtime import Runtime
 from recap_ds.distributed.shadows import Shadow
 from recap_ds.distributed.tiles import KEYS, local_tiles, read_adam_step, read_tile
+from recap_ds.errors import UsageError
 from recap_ds.models.tensor_file import TensorSource, write_tensor_file
 from recap_ds.models.whole_files import FileRecord, record_files, sync_folder
 
@@ -46,6 +47,8 @@ def save_checkpoint(
 ) -> Path:
     """``checkpoints/step_...``, complete. ``state`` is JSON and ``tensors`` are small; rank 0's are written.
 
+    ``checkpoints`` lies on a file system that all ranks share.
+
     Only between optimizer steps. Raises RunFailed on every rank where a disk or a folder fails.
     Collective: every rank must call.
     """
@@ -61,6 +64,7 @@ def save_checkpoint(
     runtime.barrier()
 
     def finish() -> str:
+        _check_shared(unfinished, files)
         sources = {name: TensorSource.of(tensor) for name, tensor in tensors.items()}
         files[layout.SHARED_NAME] = write_tensor_file(unfinished / layout.SHARED_NAME, sources)
         files.update(_record_native(unfinished))
@@ -98,6 +102,16 @@ def _gather_records(mine: FileRecord, device: torch.device) -> list[FileRecord]:
     gathered = gather_flat(torch.tensor(list(row), dtype=torch.uint8, device=device))
     rows = [bytes(values) for values in gathered.view(-1, len(row)).tolist()]
     return [FileRecord(int.from_bytes(row[:8], "little"), row[8:].hex()) for row in rows]
+
+
+def _check_shared(unfinished: Path, files: Mapping[str, FileRecord]) -> None:
+    for name, record in files.items():
+        path = unfinished / name
+        if not path.is_file() or path.stat().st_size != record.bytes:
+            raise UsageError(
+                f"runs_dir: rank 0 does not see {path} as another rank wrote it; name a folder on a file system that "
+                "all nodes share"
+            )
 
 
 def _record_native(unfinished: Path) -> dict[str, FileRecord]:

@@ -33,6 +33,7 @@ from recap_ds.models.whole_files import (
     FileRecord,
     read_checked_json,
     record_file,
+    sync_file,
     sync_folder,
     write_checked_json,
     write_text,
@@ -154,6 +155,8 @@ def write_export(
         shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
     record = _write_files(unfinished, contents, max_shard_bytes)
+    for name in record.files:
+        sync_file(unfinished / name)
     write_checked_json(unfinished / EXPORT_NAME, record.model_dump(mode="json"))
     sync_folder(unfinished)
     old = out.with_name(f".{out.name}.old")

@@ -69,6 +69,8 @@ def save_export(policy: nn.Module, folder: str | Path, *, overwrite: bool = Fals
 
 
 def _sources(module: nn.Module) -> dict[str, TensorSource]:
+    if any(parameter.numel() == 0 for parameter in module.parameters()):
+        raise UsageError("the policy is sharded inside an engine; save a checkpoint and use recap-ds consolidate")
     return {name: TensorSource.of(parameter.detach()) for name, parameter in module.named_parameters()}
 
 

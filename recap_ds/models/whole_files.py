@@ -32,6 +32,12 @@ def write_text(path: Path, text: str) -> FileRecord:
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file that was written by other means."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make new names inside ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

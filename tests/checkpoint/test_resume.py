@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recap_ds.checkpoint import save as save_module
 from recap_ds.checkpoint.base import base_folder, ensure_base
 from recap_ds.checkpoint.resume import load_checkpoint
 from recap_ds.checkpoint.save import save_checkpoint
@@ -120,3 +121,23 @@ def test_averages_must_match(two_ranks, one_rank, runtime):
     target = {"target": one_rank.shadows["target"]}
     with pytest.raises(UsageError, match="the checkpoint keeps 'ema' averages and the run does not"):
         load_checkpoint(path, runtime=runtime, engine=one_rank.engine, shadows=target)
+
+
+def test_a_folder_that_ranks_do_not_share_is_said_so(one_rank, runtime, tmp_path, monkeypatch):
+    whole = save_module.write_tile_file
+
+    def elsewhere(path, tiles):
+        record = whole(path, tiles)
+        path.unlink()  # as if this rank had a disk of its own
+        return record
+
+    monkeypatch.setattr(save_module, "write_tile_file", elsewhere)
+    with pytest.raises(UsageError, match="file system that all nodes share"):
+        save(one_rank, tmp_path, 1, runtime)
+    assert not (tmp_path / "latest").exists() and not (tmp_path / "step_00000001").exists()
+
+
+def test_a_sharded_policy_does_not_save_itself(one_rank, tmp_path):
+    with pytest.raises(UsageError, match="sharded inside an engine"):
+        one_rank.engine.module.save_checkpoint(tmp_path / "policy.safetensors")
+    assert list(tmp_path.iterdir()) == []
