@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunFailed, UsageError
 
 GIB = 2**30
 
@@ -43,17 +43,20 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.max_shard_gib > 0:
         raise UsageError(f"--max-shard-gib {args.max_shard_gib}: must be positive")
-    record = consolidate(
-        args.checkpoint,
-        args.out,
-        weights=args.weights,
-        dtype=args.dtype,
-        merge_adapters=args.merge_adapters,
-        adapter_only=args.adapter_only,
-        include_critics=not args.no_critics,
-        max_shard_bytes=int(args.max_shard_gib * GIB),
-        overwrite=args.overwrite,
-    )
+    try:
+        record = consolidate(
+            args.checkpoint,
+            args.out,
+            weights=args.weights,
+            dtype=args.dtype,
+            merge_adapters=args.merge_adapters,
+            adapter_only=args.adapter_only,
+            include_critics=not args.no_critics,
+            max_shard_bytes=int(args.max_shard_gib * GIB),
+            overwrite=args.overwrite,
+        )
+    except OSError as error:
+        raise RunFailed(f"OUT {args.out}: {error.strerror or error} ({error.filename or 'while writing'})") from error
     source = record.provenance
     print(f"{source.run} at step {source.step}: {source.weights} weights in {record.dtype}, adapter: {record.adapter}")
     for name, file in record.files.items():

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from recap_ds.cli import consolidate
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunFailed, UsageError
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.pretrained import load_pretrained
 from tests.checkpoint.hand_made import make_config, make_run
@@ -49,6 +49,12 @@ def test_a_shard_size_of_nothing_is_refused(run_folder, tmp_path):
     for size in ("0", "-1", "nan"):
         with pytest.raises(UsageError, match=r"--max-shard-gib .*: must be positive"):
             call(run_folder, tmp_path / "export", "--max-shard-gib", size)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(run_folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFailed, match="Not a directory"):
+        call(run_folder, tmp_path / "file" / "export")
 
 
 def test_deepspeed_is_not_needed(run_folder, tmp_path):
