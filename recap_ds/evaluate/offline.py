@@ -19,6 +19,7 @@ from recap_ds.evaluate.records import Records
 from recap_ds.evaluate.statistics import rank_correlation, separation
 from recap_ds.processing.normalize import Normalizer
 
+# The value figures that training logs.
 VALUE_FIGURES = ("mae", "rank_correlation", "separation", "shuffled_image_gap")
 
 
@@ -26,14 +27,19 @@ def summarise(
     records: Records, config: PiStarRECAPConfig, tasks: list[str], normalizer: Normalizer, constant: MeanActions
 ) -> dict[str, Any]:
     """The ``dataset_evaluation`` of evaluation_results.json; None where a figure has no data."""
+    if config.recap.policy_extraction == "weighted":
+        # Such a policy never sees an indicator in training: its positive row says nothing and is not what acts.
+        acting, records = "none", records._replace(actions=records.unconditioned_actions)
+    else:
+        acting = "positive"
+    acting_loss = records.flow_loss[:, INDICATOR_IDS[acting]]
     # Same weights as in training, so that total_loss is comparable with train/loss (weighted extraction aside).
-    weights = np.array(config.recap.source_weights)[records.source]
-    conditioned = records.flow_loss[:, INDICATOR_IDS["positive"]]
+    source_weight = np.array(config.recap.source_weights)[records.source]
     td = records.td_valid
     v_loss, q_loss = _mean(records.v_loss[td]), _mean(records.q_loss[td])
     iql = config.iql
     total = (
-        iql.policy_loss_weight * float((weights * conditioned).mean())
+        iql.policy_loss_weight * (_flow_mean(records, source_weight * acting_loss) or 0.0)
         + iql.v_loss_weight * (v_loss or 0.0)
         + iql.q_loss_weight * (q_loss or 0.0)
     )
@@ -41,12 +47,12 @@ def summarise(
         "total_loss": total,
         "v_loss": v_loss,
         "q_loss": q_loss,
-        "policy_loss": _mean(conditioned),
+        "policy_loss": _flow_mean(records, acting_loss),
         "q_values": _distribution(records.q[td]),
         "v_values": _distribution(records.v),
         "advantages": _distribution((records.q - records.v)[td]),
         "num_samples": len(records.task),
-        "flow_loss": _flow_losses(records),
+        "flow_loss": _flow_losses(records, acting_loss),
         "actions": action_errors(records, normalizer, constant),
         "value": {
             "all": value_figures(records, np.ones(len(records.task), bool)),
@@ -64,25 +70,27 @@ def flat_metrics(summary: dict[str, Any]) -> dict[str, float]:
         "eval/q_loss": summary["q_loss"],
         "eval/v_loss": summary["v_loss"],
         "eval/conditioning_gap": summary["flow_loss"]["conditioning_gap"],
-        **{
-            f"eval/value_{name}": value[name]
-            for name in ("mae", "rank_correlation", "separation", "shuffled_image_gap")
-        },
+        **{f"eval/value_{name}": value[name] for name in VALUE_FIGURES},
         **{f"eval/action_error/{group}": figures["error"] for group, figures in errors.items()},
         **{f"eval/action_error_ratio/{group}": figures["ratio"] for group, figures in errors.items()},
     }
     return {name: number for name, number in metrics.items() if number is not None}
 
 
-def _flow_losses(records: Records) -> dict[str, float]:
+def _flow_losses(records: Records, acting_loss: np.ndarray) -> dict[str, Any]:
     """By indicator; the gap is how much worse the opposite indicator predicts what was done, in relative terms."""
-    means = {name: float(records.flow_loss[:, index].mean()) for name, index in INDICATOR_IDS.items()}
-    sources = {
-        name: _mean(records.flow_loss[records.source == index, INDICATOR_IDS["positive"]])
-        for name, index in SOURCE_IDS.items()
-    }
-    gap = (means["negative"] - means["positive"]) / means["positive"]
-    return {**means, "conditioning_gap": gap, "positive_by_source": sources}
+    means = {name: _flow_mean(records, records.flow_loss[:, index]) for name, index in INDICATOR_IDS.items()}
+    sources = {name: _flow_mean(records, acting_loss, records.source == index) for name, index in SOURCE_IDS.items()}
+    gap = means["negative"] / means["positive"] - 1.0 if means["positive"] else None
+    return {**means, "conditioning_gap": gap, "by_source": sources}
+
+
+def _flow_mean(records: Records, values: np.ndarray, keep: np.ndarray | None = None) -> float | None:
+    """Mean of per-sample ``values`` [N] over valid action elements, as the training loss: a short chunk counts less."""
+    elements = records.action_mask.sum(axis=(1, 2))
+    if keep is not None:
+        elements = elements * keep
+    return float((values * elements).sum() / elements.sum()) if elements.any() else None
 
 
 def action_errors(records: Records, normalizer: Normalizer, constant: MeanActions) -> dict[str, Any]:
@@ -130,15 +138,16 @@ def value_figures(records: Records, keep: np.ndarray) -> dict[str, float | int |
     """How V orders and measures the samples of ``keep`` [N] against their Monte-Carlo returns."""
     keep = keep & records.mc_valid
     v, returns, shuffled = records.v[keep], records.mc_return[keep], records.v_shuffled[keep]
-    success, failure = (records.outcome[keep] == OUTCOME_IDS[name] for name in ("success", "failure"))
+    # A known return means that the task ended: what is no success here is a failure, or a timeout that counts as one.
+    success = records.outcome[keep] == OUTCOME_IDS["success"]
     mae = _mean(np.abs(v - returns))
     return {
         "num_samples": int(keep.sum()),
         "mae": mae,
         "constant_mae": _mean(np.abs(returns - np.median(returns))) if len(returns) else None,
         "rank_correlation": rank_correlation(v, returns),
-        "separation": separation(v[success], v[failure]),
-        # How much worse V does with another sample's images; about 0 means it does not look.
+        "separation": separation(v[success], v[~success]),
+        # How much worse V does with the images of its neighbour in the batch; about 0 means it does not look.
         "shuffled_image_gap": _mean(np.abs(shuffled - returns)) / mae - 1.0 if mae else None,
     }
 

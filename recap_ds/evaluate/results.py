@@ -1,17 +1,18 @@
 """Evaluate an export or a checkpoint on shards, spread over ranks, and write evaluation_results.json.
 
 No engine: every rank holds a plain replica and takes its share of the batches. The figures do not depend on how many
-ranks there are.
+ranks there are. With evaluation.batch_size only the shuffled-image gap changes: whose images it shuffles.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from recap_ds.algo.advantage import AdvantageScale
-from recap_ds.algo.returns import TaskScale
+from recap_ds.algo.returns import value_scale
 from recap_ds.batch import TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.assemble import Assembler
@@ -35,20 +36,31 @@ RESULTS_NAME = "evaluation_results.json"
 def open_held_out(
     config: PiStarRECAPConfig, contract: RobotContract, tokenizer: Tokenizer, shards: str
 ) -> tuple[Assembler, list[str]]:
-    """The shards, read as the policy was trained: its normalisation, its L_task. UsageError where they do not fit."""
+    """The shards, read as the policy was trained: its cameras, normalisation and L_task.
+
+    Returns what reads them and their tasks. UsageError where they do not fit.
+    """
     shard_set = ShardSet.open(shards)
     manifest = shard_set.manifest
+    # The slots are those of training, whatever order or further cameras these shards have.
+    data = config.data.model_copy(update={"cameras": config.data.cameras or contract.cameras})
+    config = config.model_copy(update={"data": data})
     check_data_matches(config, manifest)
+    for name, there, trained in (
+        ("state_dim", manifest.state_dim, contract.state_dim),
+        ("action_dim", manifest.action_dim, contract.action_dim),
+    ):
+        if there != trained:
+            raise UsageError(f"--shards {shards}: their {name} is {there}, the policy was trained on {trained}")
     unknown = [name for name in manifest.tasks if name not in contract.tasks]
     if unknown:
         raise UsageError(f"--shards {shards}: task '{unknown[0]}' is not one the policy was trained on")
-    lengths = torch.tensor([contract.tasks[name].max_length for name in manifest.tasks], dtype=torch.float64)
-    c_fail = config.value.c_fail
-    cost = lengths if c_fail is None else torch.full_like(lengths, c_fail)
-    normaliser = lengths if config.value.normaliser == "max_length" else lengths + cost
+    tasks = list(manifest.tasks)
+    # The contract's lengths hold the overrides already, and may be of more tasks than these shards have.
+    value = config.value.model_copy(update={"max_length": {}})
+    scale = value_scale(value, {name: contract.tasks[name].max_length for name in tasks}, tasks)
     normalizer = Normalizer.from_dict(contract.normalizer)
-    scale = TaskScale(lengths, cost, normaliser)
-    return Assembler(shard_set, config, tokenizer, normalizer, scale), list(manifest.tasks)
+    return Assembler(shard_set, config, tokenizer, normalizer, scale), tasks
 
 
 def evaluate_dataset(
@@ -56,6 +68,8 @@ def evaluate_dataset(
 ) -> dict[str, Any]:
     """``dataset_evaluation`` over the held-out samples. Collective: every rank must call."""
     config, device = policy.config, runtime.device
+    if not {"critic", "target_critic"} <= dict(policy.named_children()).keys():
+        raise UsageError("--checkpoint: this export was made without critics, and evaluation needs them")
     batches = EvaluationBatches(assembler, config, rank=runtime.info.rank, world=runtime.info.world)
     if not len(batches):
         raise UsageError("data.held_out_fraction: no held-out samples in these shards; use a larger fraction")
@@ -70,8 +84,17 @@ def evaluate_dataset(
 
 
 def write_results(path: Path, checkpoint: str, shards: str, evaluation: dict[str, Any]) -> None:
-    results = {"checkpoint": checkpoint, "dataset_path": shards, "dataset_evaluation": evaluation}
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results = {"checkpoint": checkpoint, "dataset_path": shards, "dataset_evaluation": _finite_or_none(evaluation)}
+    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {name: _finite_or_none(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite_or_none(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def results_table(evaluation: dict[str, Any]) -> str:

@@ -16,16 +16,18 @@ SHOWN = ("loss", "policy_loss", "q_loss", "v_loss")
 
 
 class Logbook:
-    """A context manager; ``wandb_id`` continues a run under its old id."""
+    """A context manager around ``open`` and all that follows; left by an error, the run counts as failed in wandb."""
 
-    def __init__(self, run: RunFolder, logging: LoggingConfig, total_steps: int, settings: dict, is_main: bool):
+    def __init__(
+        self, run: RunFolder, logging: LoggingConfig, total_steps: int, settings: dict[str, Any], is_main: bool
+    ):
         self._run, self._logging, self._settings = run, logging, settings
         self._total_steps = total_steps
         self._is_main = is_main
         self._file = self._bar = self._wandb = None
 
     def open(self, step: int, wandb_id: str | None) -> str | None:
-        """Start logging after ``step`` steps; returns wandb's run id for the checkpoints."""
+        """Start logging after ``step`` steps; returns wandb's run id, by which a later start continues the same run."""
         if not self._is_main:
             return wandb_id
         self._file = self._run.metrics.open("a", encoding="utf-8")
@@ -53,13 +55,12 @@ class Logbook:
         if self._bar is not None:
             self._bar.update()
 
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """One line of metrics after ``step`` steps. Numbers that are not finite become null: JSON has no NaN."""
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics after ``step`` steps."""
         if not self._is_main:
             return
         assert self._file is not None, "the logbook is not open"
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.write(json.dumps({"step": step, **finite_or_none(metrics)}) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
@@ -70,15 +71,18 @@ class Logbook:
         if self._is_main:
             tqdm.write(text, file=sys.stderr)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Logbook":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=0 if error_type is None else 1)
 
-    def _show(self, step: int, metrics: dict[str, Any]) -> None:
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
         for stage in ("train", "eval"):
             shown = {name: metrics[f"{stage}/{name}"] for name in SHOWN if f"{stage}/{name}" in metrics}
             text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
@@ -90,6 +94,11 @@ class Logbook:
                 speed = metrics.get("time/samples_per_second")
                 ending = f"  {speed:.1f} samples/s" if speed is not None else ""
                 self.say(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {stage}  {text}{ending}")
+
+
+def finite_or_none(metrics: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity: they become null."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def wandb_mode(logging: LoggingConfig) -> str:

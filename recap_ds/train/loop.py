@@ -4,17 +4,18 @@ All that a run has to remember is ``Progress``, the engine's tiles, the shadows 
 is a function of ``next_slot``. So an interrupted run continues as if it had not been.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from recap_ds.checkpoint.resume import find_checkpoint, load_checkpoint
 from recap_ds.checkpoint.save import save_checkpoint
-from recap_ds.data.loader import build_train_loader
+from recap_ds.data.loader import BatchLoader, build_train_loader
 from recap_ds.distributed.build import whole_numel
 from recap_ds.distributed.runtime import accelerator_is_cpu
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.train.evaluation import HeldOutEvaluation
-from recap_ds.train.logbook import Logbook
+from recap_ds.train.logbook import Logbook, finite_or_none
 from recap_ds.train.metrics import StepMetrics
 from recap_ds.train.session import Session
 from recap_ds.train.step import StepResult, record_skipped, take_step
@@ -41,31 +42,32 @@ class Progress:
 def train(session: Session) -> dict[str, Any]:
     """Train to the end and return the summary. Collective: every rank must call."""
     plan, config = session.plan, session.plan.config
-    training, logging = config.training, config.logging
     progress = resume(session)
+    held_out = HeldOutEvaluation(session)
+    settings = config.model_dump(mode="json")
+    with Logbook(plan.run, config.logging, config.training.num_training_steps, settings, plan.info.is_main) as logbook:
+        progress.wandb_id = logbook.open(progress.step, progress.wandb_id)
+        announce(session, logbook, progress, held_out)
+        evaluation = take_steps(session, progress, held_out, logbook)
+    return finish(session, progress, evaluation)
+
+
+def take_steps(session: Session, progress: Progress, held_out: HeldOutEvaluation, logbook: Logbook) -> dict[str, float]:
+    """From ``progress`` to the last step; returns the evaluation there. Collective: every rank must call."""
+    plan, config = session.plan, session.plan.config
+    num_steps = config.training.num_training_steps
+    # A line at every save, so that what a checkpoint forgets is on paper and a resumed run's lines are the same.
+    log_every = (config.logging.every_steps, config.checkpoint.save_every_steps, config.evaluation.every_steps)
     metrics = StepMetrics(config, plan.tasks, session.runtime.device)
     times = StepTimes(session.runtime.device)
-    held_out = HeldOutEvaluation(session)
-    logbook = Logbook(plan.run, logging, training.num_training_steps, config.model_dump(mode="json"), plan.info.is_main)
-    progress.wandb_id = logbook.open(progress.step, progress.wandb_id)
-    announce(session, logbook, progress, held_out)
-    loader = build_train_loader(
-        plan.dataset,
-        config,
-        plan.sizes,
-        plan.info.rank,
-        start_slot=progress.next_slot,
-        num_steps=training.num_training_steps - progress.step,
-        pin_memory=not accelerator_is_cpu(),
-    )
-    batches = iter(loader)
+    batches = iter(build_loader(session, progress))
     evaluation: dict[str, float] = {}
-    while progress.step < training.num_training_steps:
+    while progress.step < num_steps:
         times.start()
         micro_batches = [next(batches) for _ in range(plan.sizes.accumulation)]
         times.data_ready()
-        last_step = progress.step + 1 == training.num_training_steps
-        log_now = last_step or (progress.step + 1) % logging.every_steps == 0
+        last_step = progress.step + 1 == num_steps
+        log_now = last_step or any((progress.step + 1) % every == 0 for every in log_every)
 
         result = take_step(session, progress.step, micro_batches, metrics, with_group_norms=log_now)
         progress.step += 1
@@ -80,15 +82,31 @@ def train(session: Session) -> dict[str, Any]:
             progress.replaced_samples += int(figures["data/replaced_samples"])
             check_damage(session, progress)
             logbook.write(progress.step, figures | step_figures(session, progress, result) | times.summarise())
+        improved = False
         if held_out.num_samples and (last_step or progress.step % config.evaluation.every_steps == 0):
             evaluation = held_out.run()
             logbook.write(progress.step, evaluation)
-        improved = is_best(progress, evaluation)
+            improved = is_best(progress, evaluation)
         if last_step or improved or progress.step % config.checkpoint.save_every_steps == 0:
             save(session, progress, best=improved)
-            evaluation = {} if not last_step else evaluation
-    logbook.close()
-    return finish(session, progress, evaluation)
+    if held_out.num_samples and not evaluation:
+        # Stopped between the last save and the summary: it was logged, but nobody remembers it.
+        evaluation = held_out.run()
+    return evaluation
+
+
+def build_loader(session: Session, progress: Progress) -> BatchLoader:
+    """This rank's micro-batches of the steps that are left."""
+    plan = session.plan
+    return build_train_loader(
+        plan.dataset,
+        plan.config,
+        plan.sizes,
+        plan.info.rank,
+        start_slot=progress.next_slot,
+        num_steps=plan.config.training.num_training_steps - progress.step,
+        pin_memory=not accelerator_is_cpu(),
+    )
 
 
 def resume(session: Session) -> Progress:
@@ -149,8 +167,9 @@ def check_damage(session: Session, progress: Progress) -> None:
 
 
 def is_best(progress: Progress, evaluation: dict[str, float]) -> bool:
-    loss = evaluation.get("eval/loss")
-    if loss is None or (progress.best_loss is not None and loss >= progress.best_loss):
+    """True = the lowest held-out loss so far, which ``progress`` then remembers. NaN is never best."""
+    loss = evaluation.get("eval/loss", math.nan)
+    if not math.isfinite(loss) or (progress.best_loss is not None and loss >= progress.best_loss):
         return False
     progress.best_loss = loss
     return True
@@ -199,7 +218,7 @@ def finish(session: Session, progress: Progress, evaluation: dict[str, float]) -
         "samples_seen": progress.samples_seen,
         "skipped_steps": progress.skipped_steps,
         "replaced_samples": progress.replaced_samples,
-        "evaluation": evaluation,
+        "evaluation": finite_or_none(evaluation),
     }
     if session.runtime.info.is_main:
         session.plan.run.finish(summary)

@@ -1,9 +1,11 @@
 """Training metrics: summed on the device every step, read on the host only when they are logged.
 
-A figure over samples is a sum divided by a count, both over all ranks and all steps since the last line.
+A figure over samples is a sum divided by a count, both over all ranks and all applied steps since the last line.
 
     B samples of a micro-batch   K tasks   S sources (demo, auto, intervention)
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ from recap_ds.models.losses import TrainOutput, count_flow_elements
 
 SOURCE_COLUMNS = ("samples", "flow_sum", "flow_elements", "q_loss_sum", "v_loss_sum", "td_samples", "weight_sum")
 TASK_COLUMNS = ("labelled", "labelled_positive", "forced", "samples")
-SCALAR_COLUMNS = ("loss", "micro_batches", "clipped", "target_gap_sum", "td_error_sum", "replaced", "indicator_dropped")
+# "replaced" is last: it is the one sum that a skipped step adds to.
+SCALAR_COLUMNS = ("loss", "micro_batches", "clipped", "target_gap_sum", "td_error_sum", "indicator_dropped", "replaced")
 QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -27,13 +30,15 @@ class StepMetrics:
     def __init__(self, config: PiStarRECAPConfig, tasks: list[str], device: torch.device):
         self._config = config
         self._tasks = tasks
-        self._source = torch.zeros(len(SOURCE_IDS), len(SOURCE_COLUMNS), dtype=torch.float64, device=device)
-        self._task = torch.zeros(len(tasks), len(TASK_COLUMNS), dtype=torch.float64, device=device)
-        self._scalar = torch.zeros(len(SCALAR_COLUMNS), dtype=torch.float64, device=device)
+        self._shapes = (len(SOURCE_IDS), len(SOURCE_COLUMNS)), (len(tasks), len(TASK_COLUMNS)), (1, len(SCALAR_COLUMNS))
+        num_sums = sum(map(math.prod, self._shapes))
+        self._kept = torch.zeros(num_sums, dtype=torch.float64, device=device)  # of the steps that were applied
+        self._step = torch.zeros_like(self._kept)  # of the step under way
 
     @torch.no_grad()
     def add(self, batch: TransitionBatch, output: TrainOutput) -> None:
-        """One micro-batch. Nothing here waits for the device."""
+        """One micro-batch of the step under way. Nothing here waits for the device."""
+        source_sums, task_sums, scalar_sums = self._tables(self._step)
         flow_elements = count_flow_elements(batch)
         td = batch.td_valid.double()
         columns = torch.stack(
@@ -48,40 +53,45 @@ class StepMetrics:
             ],
             dim=1,
         )
-        self._source.index_add_(0, batch.source, columns)
+        source_sums.index_add_(0, batch.source, columns)
         forced = forced_positive(batch.source, self._config.recap.demos)
         labelled = ~forced & (output.indicator != INDICATOR_IDS["none"])
         positive = labelled & (output.indicator == INDICATOR_IDS["positive"])
         task_columns = torch.stack([labelled, positive, forced, batch.sample_valid], dim=1).double()
-        self._task.index_add_(0, batch.task, task_columns)
+        task_sums.index_add_(0, batch.task, task_columns)
         # From Python numbers: a table made here would be copied to the device, and the host would wait for it.
         weights = enumerate(self._config.recap.source_weights)
         source_weight = sum(weight * (batch.source == source) for source, weight in weights)
         clipped = output.weight >= source_weight * MAX_EXTRACTION_WEIGHT
-        self._scalar += torch.stack(
+        scalar_sums[0] += torch.stack(
             [
                 output.loss.detach().double(),
                 torch.ones((), dtype=torch.float64, device=td.device),
                 (clipped & (source_weight > 0)).double().sum(),
                 (output.target_gap * td).sum(),
                 (output.td_error.abs() * td).sum(),
-                batch.replaced.double().sum(),
                 batch.indicator_dropped.double().sum(),
+                batch.replaced.double().sum(),
             ]
         )
 
+    def end_step(self, applied: bool) -> None:
+        """Keep the step under way; of a skipped one, whose losses may be NaN, only how many samples were replaced."""
+        if applied:
+            self._kept += self._step
+        else:
+            self._kept[-1] += self._step[-1]
+        self._step.zero_()
+
     @torch.no_grad()
     def summarise(self, batch: TransitionBatch, output: TrainOutput) -> dict[str, float]:
-        """Everything since the last call, then start again; quantiles are of the given, last micro-batch.
+        """All steps since the last call, then start again; quantiles are of the given, last micro-batch.
 
-        Collective: every rank must call.
+        NaN where there was nothing to count. Collective: every rank must call.
         """
-        sizes = [self._source.numel(), self._task.numel(), self._scalar.numel()]
-        flat = sum_over_ranks(torch.cat([self._source.flatten(), self._task.flatten(), self._scalar])).cpu()
-        source, task, scalar = flat.split(sizes)
-        source, task = source.view_as(self._source), task.view_as(self._task)
-        totals = dict(zip(SCALAR_COLUMNS, scalar.tolist(), strict=True))
-        metrics = self._losses(source, totals)
+        source, task, scalar = self._tables(sum_over_ranks(self._kept).cpu())
+        totals = dict(zip(SCALAR_COLUMNS, scalar[0].tolist(), strict=True))
+        metrics = _losses(source, totals)
         for name, index in SOURCE_IDS.items():
             row = dict(zip(SOURCE_COLUMNS, source[index].tolist(), strict=True))
             metrics |= {f"train/{name}/{key}": value for key, value in _source_metrics(row).items()}
@@ -92,24 +102,32 @@ class StepMetrics:
             if row["samples"]:
                 metrics[f"train/forced_fraction/{name}"] = row["forced"] / row["samples"]
         metrics |= _distributions(batch, output)
-        for sums in (self._source, self._task, self._scalar):
-            sums.zero_()
+        self._kept.zero_()
         return metrics
 
-    def _losses(self, source: Tensor, totals: dict[str, float]) -> dict[str, float]:
-        whole = dict(zip(SOURCE_COLUMNS, source.sum(dim=0).tolist(), strict=True))
-        samples, td_samples = max(whole["samples"], 1.0), max(whole["td_samples"], 1.0)
-        return {
-            "train/loss": totals["loss"] / max(totals["micro_batches"], 1.0),
-            "train/policy_loss": whole["flow_sum"] / max(whole["flow_elements"], 1.0),
-            "train/q_loss": whole["q_loss_sum"] / td_samples,
-            "train/v_loss": whole["v_loss_sum"] / td_samples,
-            "train/target_gap": totals["target_gap_sum"] / td_samples,
-            "train/td_error": totals["td_error_sum"] / td_samples,
-            "train/weight_clip_fraction": totals["clipped"] / samples,
-            "train/indicator_dropped_fraction": totals["indicator_dropped"] / samples,
-            "data/replaced_samples": totals["replaced"],
-        }
+    def _tables(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Views of a flat vector of sums: [S, SOURCE_COLUMNS], [K, TASK_COLUMNS], [1, SCALAR_COLUMNS]."""
+        parts = flat.split([math.prod(shape) for shape in self._shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, self._shapes, strict=True))
+
+
+def _losses(source: Tensor, totals: dict[str, float]) -> dict[str, float]:
+    whole = dict(zip(SOURCE_COLUMNS, source.sum(dim=0).tolist(), strict=True))
+    return {
+        "train/loss": _ratio(totals["loss"], totals["micro_batches"]),
+        "train/policy_loss": _ratio(whole["flow_sum"], whole["flow_elements"]),
+        "train/q_loss": _ratio(whole["q_loss_sum"], whole["td_samples"]),
+        "train/v_loss": _ratio(whole["v_loss_sum"], whole["td_samples"]),
+        "train/target_gap": _ratio(totals["target_gap_sum"], whole["td_samples"]),
+        "train/td_error": _ratio(totals["td_error_sum"], whole["td_samples"]),
+        "train/weight_clip_fraction": _ratio(totals["clipped"], whole["samples"]),
+        "train/indicator_dropped_fraction": _ratio(totals["indicator_dropped"], whole["samples"]),
+        "data/replaced_samples": totals["replaced"],
+    }
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 def _source_metrics(row: dict[str, float]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from recap_ds.config import PiStarRECAPConfig
+from recap_ds.data.atomic import write_file
 from recap_ds.errors import UsageError
 from recap_ds.recipe import changed_keys, dump_config
 
@@ -77,26 +78,31 @@ class RunFolder:
     def start(self, config: PiStarRECAPConfig, ds_config: dict, global_batch: int, manifest_hash: str) -> None:
         """Write down what this run is. Rank 0 only."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        (self.path / "ds_config.json").write_text(json.dumps(ds_config, indent=1) + "\n", encoding="utf-8")
+        write_file(self.path / "config.yaml", dump_config(config).encode())
+        write_file(self.path / "ds_config.json", _json(ds_config))
         facts = {
             "global_batch": global_batch,
             "manifest_hash": manifest_hash,
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("recap_ds", *REPORTED_PACKAGES)},
         }
-        self._run.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        # Last: from here on the folder holds a run, and check_continues reads the rest.
+        write_file(self._run, _json(facts))
 
     def finished_summary(self) -> dict | None:
         """The summary of a finished run; None while it is not."""
         return json.loads(self._summary.read_text(encoding="utf-8")) if self._summary.is_file() else None
 
     def finish(self, summary: dict) -> None:
-        self._summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_file(self._summary, _json(summary))
 
     def forget_after(self, step: int) -> None:
-        """Drop metric lines of steps that a restart will take again. Rank 0 only."""
+        """Drop metric lines of steps that a restart will take again, and one cut off in writing. Rank 0 only."""
         if self.metrics.is_file():
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.metrics.write_text("".join(kept), encoding="utf-8")
+            write_file(self.metrics, "".join(kept).encode())
+
+
+def _json(values: dict) -> bytes:
+    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()

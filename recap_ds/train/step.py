@@ -8,7 +8,7 @@ advantages up to s - 1.
 import json
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class StepResult(NamedTuple):
     applied: bool
     batch: TransitionBatch  # the last micro-batch, on the device, and what came of it
     output: TrainOutput
+    losses_finite: Tensor  # [micro-batches x B] bool, in the order they were given; False marks a suspect
     grad_norm: Tensor  # before clipping; inf where skipped
     group_norms: Tensor | None  # by optimizer group, where asked for
 
@@ -46,7 +47,7 @@ def take_step(
     counts = step_normalizers(micro_batches, session.runtime.device)
     warming_up = step < config.indicator_warmup_steps
 
-    done: list[tuple[TransitionBatch, TrainOutput]] = []
+    ring_rows, losses_finite = [], []
     for number, host_batch in enumerate(micro_batches):
         batch = to_device(host_batch, session.runtime.device)
         output = engine(batch, "train", scale, counts, warming_up)
@@ -56,12 +57,15 @@ def take_step(
         engine.step()
         output = output._replace(loss=output.loss.detach())
         metrics.add(batch, output)
-        done.append((batch, output))
+        ring_rows.append(_ring_rows(batch, output, config.recap.demos))
+        losses = torch.stack([output.policy_loss, output.q_loss, output.v_loss])
+        losses_finite.append(losses.isfinite().all(dim=0))
     zero_stale_gradients(engine)
     applied = step_was_applied(engine)
+    metrics.end_step(applied)
     if applied:
-        _follow(session, done)
-    return StepResult(applied, *done[-1], global_grad_norm(engine), group_norms)
+        _follow(session, torch.cat(ring_rows))
+    return StepResult(applied, batch, output, torch.cat(losses_finite), global_grad_norm(engine), group_norms)
 
 
 def step_normalizers(micro_batches: Sequence[TransitionBatch], device: torch.device) -> LossNormalizers:
@@ -75,20 +79,20 @@ def step_normalizers(micro_batches: Sequence[TransitionBatch], device: torch.dev
     return normalizers(total[:2] / total[2])
 
 
-def _follow(session: Session, done: Sequence[tuple[TransitionBatch, TrainOutput]]) -> None:
-    """After an applied step: targets, averages and the advantage ring move on."""
+def _ring_rows(batch: TransitionBatch, output: TrainOutput, demos: Literal["positive", "labelled"]) -> Tensor:
+    """[B, 4]: advantage, task, eligible, slot. Float64 holds ids and slots (below 2^53) exactly: one gather does."""
+    eligible = batch.td_valid & batch.sample_valid & ~forced_positive(batch.source, demos)
+    columns = (output.advantage, batch.task, eligible, batch.slot)
+    return torch.stack([column.double() for column in columns], dim=1)
+
+
+def _follow(session: Session, ring_rows: Tensor) -> None:
+    """After an applied step: targets, averages and the advantage ring move on. Collective: every rank must call."""
     config = session.plan.config
     session.shadows["target"].lerp(config.iql.target_update_rate)
     if config.training.ema_decay is not None:
         session.shadows["ema"].lerp(1.0 - config.training.ema_decay)
-    rows = []
-    for batch, output in done:
-        eligible = batch.td_valid & batch.sample_valid & ~forced_positive(batch.source, config.recap.demos)
-        # float64 holds task ids and slots (below 2^53) exactly, so one gather carries everything.
-        columns = (output.advantage, batch.task, eligible, batch.slot)
-        rows.append(torch.stack([column.double() for column in columns]))
-    local = torch.cat(rows, dim=1).T.contiguous()
-    advantage, task, eligible, slot = gather_flat(local.flatten()).view(-1, 4).unbind(dim=1)
+    advantage, task, eligible, slot = gather_flat(ring_rows.flatten()).view(-1, 4).unbind(dim=1)
     session.ring.append(advantage.float(), task.long(), eligible.bool(), slot.long())
 
 
@@ -99,9 +103,7 @@ def record_skipped(session: Session, step: int, micro_batches: Sequence[Transiti
     """
     dataset = session.plan.dataset
     slots = torch.cat([batch.slot for batch in micro_batches])
-    losses = (result.output.policy_loss, result.output.q_loss, result.output.v_loss)
-    bad = ~torch.stack([loss.isfinite() for loss in losses]).all(dim=0)
-    suspects = result.batch.slot[bad].cpu().numpy()
+    suspects = slots[~result.losses_finite.cpu()].numpy()
     table = dataset.assembler.shard_set
     names = [str(table.damaged(int(sample), "loss not finite")) for sample in dataset.order.samples(suspects)[1]]
     line = {

@@ -19,13 +19,15 @@ class StepTimes:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._window_started = time.perf_counter()
         self._steps: list[float] = []
         self._waits: list[float] = []
         self._samples = 0
 
     def start(self) -> None:
         self._started = time.perf_counter()
+        if not self._steps:
+            # Here and not at the last summary: evaluation and saving come in between.
+            self._window_started = self._started
 
     def data_ready(self) -> None:
         self._waits.append(time.perf_counter() - self._started)
@@ -41,7 +43,6 @@ class StepTimes:
         wait = sum(self._waits) / len(self._waits)
         local = torch.tensor([middle, high, wait, float(peak_memory_bytes())], dtype=torch.float64)
         slowest = max_over_ranks(local.to(self._device)).tolist()
-        now = time.perf_counter()
-        speed = self._samples / (now - self._window_started)
-        self._window_started, self._steps, self._waits, self._samples = now, [], [], 0
+        speed = self._samples / (time.perf_counter() - self._window_started)
+        self._steps, self._waits, self._samples = [], [], 0
         return {**dict(zip(NAMES, slowest, strict=True)), "time/samples_per_second": speed}
