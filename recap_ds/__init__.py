@@ -10,7 +10,7 @@ _PUBLIC = {
     "PiStarRECAPConfig": "recap_ds.config",
     "PiStarRECAPPolicy": "recap_ds.models.policy",
 }
-__all__ = ["PiStarRECAPConfig", "PiStarRECAPPolicy", "__version__"]  # noqa: F822 - resolved by __getattr__
+__all__ = ["PiStarRECAPConfig", "PiStarRECAPPolicy", "__version__"]
 
 
 def __getattr__(name: str):

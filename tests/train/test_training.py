@@ -25,7 +25,7 @@ def two_ranks(folder) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(folder) -> dict[str, Any]:
+def one_rank(folder, two_ranks) -> dict[str, Any]:
     return run_ranks(WORKER, 1, folder, "layout")[0]
 
 
@@ -73,6 +73,21 @@ def test_an_interrupted_run_ends_with_the_same_bytes(two_ranks, kind):
 def test_evaluation_between_steps_leaves_the_training_bit_identical(two_ranks):
     assert two_ranks[0]["evaluated_bytes"] == two_ranks[0]["blind_bytes"]
     assert two_ranks[0]["full"]["losses"] == two_ranks[0]["no_evaluation"]["losses"]
+
+
+def test_an_export_evaluates_the_same_on_any_number_of_ranks(two_ranks, one_rank):
+    first, second, alone = two_ranks[0]["evaluation"], two_ranks[1]["evaluation"], one_rank["evaluation"]
+    assert first == second
+    assert first["num_samples"] == alone["num_samples"] > 0
+    for name in ("total_loss", "policy_loss", "q_loss", "v_loss"):
+        assert first[name] == pytest.approx(alone[name], rel=1e-5), name
+    # The averaged weights of the run were evaluated while it trained, too.
+    assert first["policy_loss"] == pytest.approx(
+        two_ranks[0]["full"]["summary"]["evaluation"]["eval/policy_loss"], rel=1e-4
+    )
+    for group, figures in first["actions"].items():
+        assert figures["error"] == pytest.approx(alone["actions"][group]["error"], rel=1e-4), group
+        assert figures["indicator_effect"] > 0, "the indicator must reach the action"
 
 
 def test_only_what_should_train_moves(two_ranks):

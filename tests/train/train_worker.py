@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from recap_ds.algo.advantage import INDICATOR_IDS
-from recap_ds.checkpoint.resume import load_checkpoint
+from recap_ds.checkpoint.on_demand import export_of
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.distributed.build import gather
 from recap_ds.distributed.engine import destroy_engine
 from recap_ds.distributed.runtime import Runtime
+from recap_ds.evaluate.results import evaluate_dataset, open_held_out
 from recap_ds.models.policy import PiStarRECAPPolicy
+from recap_ds.models.pretrained import load_pretrained
+from recap_ds.processing.normalize import Normalizer
 from recap_ds.train.loop import train
 from recap_ds.train.session import Session, plan_session, start_session
 from tests.distributed.harness import REPOSITORY, worker_main
@@ -124,16 +126,11 @@ def resumed_hashes(runtime: Runtime, config: PiStarRECAPConfig) -> dict[str, Any
     return {"before": before, "after": files_hash(final), "losses_before": lines, "losses_after": again["losses"]}
 
 
-def conditioning_effect(runtime: Runtime, config: PiStarRECAPConfig) -> dict[str, float]:
-    """After training: distance between the indicator embeddings' effects, and that critics have no such input."""
-    session = start_session(plan_session(config, ZERO3, runtime.info))
-    checkpoint = session.plan.run.checkpoints / f"step_{STEPS:08d}"
-    load_checkpoint(checkpoint, runtime=runtime, engine=session.engine, shadows=session.shadows)
-    embedding = session.engine.module.action_expert.indicator_in.weight
-    with gather([embedding]):
-        rows = {name: embedding[index].clone() for name, index in INDICATOR_IDS.items()}
-    destroy_engine(session.engine)
-    return {"positive_minus_none": (rows["positive"] - rows["none"]).abs().max().item()}
+def evaluate_run(runtime: Runtime, run: Path, shards: Path) -> dict[str, Any]:
+    """What launch/evaluate.py does with a finished run: export it, load a replica, evaluate over the ranks."""
+    policy, contract, tokenizer = load_pretrained(export_of(run, runtime.info))
+    assembler, tasks = open_held_out(policy.config, contract, tokenizer, str(shards))
+    return evaluate_dataset(policy, assembler, tasks, Normalizer.from_dict(contract.normalizer), runtime)
 
 
 def scenarios(runtime: Runtime, folder: str, which: str) -> dict[str, Any]:
@@ -141,13 +138,17 @@ def scenarios(runtime: Runtime, folder: str, which: str) -> dict[str, Any]:
     world = runtime.info.world
     if which == "layout":  # one rank: the reference that two ranks must equal
         accumulate = {"training": {"batch_size": 8}}
-        return {"full": run_whole(runtime, run_config(root, f"layout_{world}", **accumulate))}
+        return {
+            "full": run_whole(runtime, run_config(root, f"layout_{world}", **accumulate)),
+            "evaluation": evaluate_run(runtime, root / "runs" / "full_2", root / "shards"),
+        }
     results: dict[str, Any] = {}
     for kind in VLM:
         config = run_config(root, f"{kind}_{world}", kind)
         results[f"initial_{kind}"] = initial_differences(runtime, config)
         results[kind] = run_whole(runtime, config)
         results[f"resumed_{kind}"] = resumed_hashes(runtime, config)
+    results["evaluation"] = evaluate_run(runtime, root / "runs" / f"full_{world}", root / "shards")
     wide = run_config(root, "no_accumulation", training={"batch_size": 4})
     results["no_accumulation"] = run_whole(runtime, wide)
     blind = run_config(root, "no_evaluation", evaluation={"every_steps": 1000})
