@@ -118,17 +118,24 @@ def start_runtime(info: RankInfo, timeout_seconds: float = 1800.0) -> Runtime:
     else:
         get_accelerator().set_device(info.local_rank)
     backend = "gloo" if on_cpu else get_accelerator().communication_backend_name()
-    deepspeed.init_distributed(
-        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds)
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UsageError(
+            f"MASTER_PORT {os.environ['MASTER_PORT']} is taken, perhaps by another job on this machine; "
+            "give the launcher another: deepspeed --master_port 29501 ..."
+        ) from None
     device = torch.device("cpu") if on_cpu else torch.device(get_accelerator().device_name(info.local_rank))
     return Runtime(info, device, backend)
 
 
 def _complete_environment(info: RankInfo) -> None:
     """Give DeepSpeed the variables it insists on where no launcher did."""
-    if "RANK" not in os.environ:
-        # A leftover MASTER_PORT of another job would collide; nobody else has to find this one.
+    if info.world == 1:
+        # Nobody else has to find this one, and a launcher's default port may be another job's on this machine.
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.update(RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world))
 

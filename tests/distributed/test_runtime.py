@@ -1,8 +1,11 @@
 """What the launcher's variables mean."""
 
-import pytest
+import socket
 
-from recap_ds.distributed.runtime import RankInfo, read_rank_info
+import pytest
+import torch
+
+from recap_ds.distributed.runtime import RankInfo, read_rank_info, start_runtime
 from recap_ds.errors import UsageError
 
 LAUNCHED = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -43,3 +46,16 @@ def test_nonsense_is_refused(change, message):
 def test_a_missing_meeting_point_is_named(name):
     with pytest.raises(UsageError, match=name):
         read_rank_info({key: value for key, value in LAUNCHED.items() if key != name})
+
+
+def test_a_taken_port_is_named(monkeypatch):
+    with socket.socket() as other_job:
+        other_job.bind(("127.0.0.1", 0))
+        other_job.listen()
+        port = str(other_job.getsockname()[1])
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+        for name, value in (launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UsageError, match=rf"MASTER_PORT {port} is taken.*--master_port"):
+            start_runtime(read_rank_info(), timeout_seconds=5)
+    assert not torch.distributed.is_initialized()
