@@ -44,7 +44,7 @@ def test_records_keep_the_order_and_drop_the_padding():
     expected = collect_records(judged, [whole], CPU)
     assert isinstance(expected, Records) and len(expected.task) == NUM_SAMPLES
     first = whole.actions[:, 0, 0].double().numpy()
-    assert np.array_equal(expected.q, 4 * first) and np.array_equal(expected.v_shuffled, 6 * first)
+    assert np.array_equal(expected.q, 4 * first) and np.array_equal(expected.v_shuffled, 8 * first)
     assert np.array_equal(expected.true_actions, whole.actions.double().numpy())
     for size in (3, 4, 16):
         for name, column in collect_records(judged, padded_batches(whole, size), CPU)._asdict().items():
