@@ -5,12 +5,13 @@ online weights return exactly, and ZeRO-3 sees one forward without a backward.
 """
 
 import contextlib
+from functools import cached_property
 
 import torch
 
 from recap_ds.algo.advantage import AdvantageScale
 from recap_ds.batch import TransitionBatch
-from recap_ds.data.baseline import mean_actions
+from recap_ds.data.baseline import MeanActions, mean_actions
 from recap_ds.data.held_out import EvaluationBatches
 from recap_ds.evaluate.offline import flat_metrics, summarise
 from recap_ds.evaluate.records import collect_records
@@ -31,12 +32,17 @@ class HeldOutEvaluation:
             world=plan.info.world,
             damage_log=plan.run.damaged,
         )
-        shard_set, config = plan.dataset.assembler.shard_set, plan.config
-        self._constant = mean_actions(shard_set, config.data.held_out_fraction, config.training.seed)
 
     @property
     def num_samples(self) -> int:
         return len(self.batches.samples)
+
+    @cached_property
+    def _constant(self) -> MeanActions:
+        # When first needed, and not at all where nothing is held out: it reads hundreds of samples.
+        plan = self._session.plan
+        data = plan.config.data
+        return mean_actions(plan.dataset.assembler.shard_set, data.held_out_fraction, plan.config.training.seed)
 
     def run(self) -> dict[str, float]:
         """eval/... metrics of the current weights. Collective: every rank must call."""
