@@ -24,8 +24,12 @@ class MeanActions(NamedTuple):
     weight: np.ndarray  # [K, S] training samples there are; 0 where none could be read
 
     def per_task(self, sources: list[str]) -> np.ndarray:
-        """[K, A]: mean over the named sources, each counting as often as it occurs."""
+        """[K, A]: mean over the named sources, each counting as often as it occurs; a task without them takes all."""
         rows = [SOURCE_IDS[name] for name in sources]
+        named, whole = self._weighted(rows), self._weighted(list(SOURCE_IDS.values()))
+        return np.where(self.weight[:, rows].any(axis=1)[:, None], named, whole)
+
+    def _weighted(self, rows: list[int]) -> np.ndarray:
         weight = self.weight[:, rows, None]
         return (self.mean[:, rows] * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1.0)
 

@@ -33,18 +33,10 @@ def summarise(
     else:
         acting = "positive"
     acting_loss = records.flow_loss[:, INDICATOR_IDS[acting]]
-    # Same weights as in training, so that total_loss is comparable with train/loss (weighted extraction aside).
-    source_weight = np.array(config.recap.source_weights)[records.source]
     td = records.td_valid
     v_loss, q_loss = _mean(records.v_loss[td]), _mean(records.q_loss[td])
-    iql = config.iql
-    total = (
-        iql.policy_loss_weight * (_flow_mean(records, source_weight * acting_loss) or 0.0)
-        + iql.v_loss_weight * (v_loss or 0.0)
-        + iql.q_loss_weight * (q_loss or 0.0)
-    )
     return {
-        "total_loss": total,
+        "total_loss": _total_loss(records, config, acting_loss, v_loss, q_loss),
         "v_loss": v_loss,
         "q_loss": q_loss,
         "policy_loss": _flow_mean(records, acting_loss),
@@ -59,6 +51,19 @@ def summarise(
             "tasks": {name: value_figures(records, records.task == index) for index, name in enumerate(tasks)},
         },
     }
+
+
+def _total_loss(
+    records: Records, config: PiStarRECAPConfig, acting_loss: np.ndarray, v_loss: float | None, q_loss: float | None
+) -> float | None:
+    """With the weights of training, so that it is comparable with train/loss (weighted extraction aside)."""
+    source_weight = np.array(config.recap.source_weights)[records.source]
+    policy_loss = _flow_mean(records, source_weight * acting_loss)
+    if policy_loss is None:
+        return None
+    iql = config.iql
+    critic_loss = iql.v_loss_weight * (v_loss or 0.0) + iql.q_loss_weight * (q_loss or 0.0)
+    return iql.policy_loss_weight * policy_loss + critic_loss
 
 
 def flat_metrics(summary: dict[str, Any]) -> dict[str, float]:

@@ -85,6 +85,7 @@ def evaluate_dataset(
 
 def write_results(path: Path, checkpoint: str, shards: str, evaluation: dict[str, Any]) -> None:
     results = {"checkpoint": checkpoint, "dataset_path": shards, "dataset_evaluation": _finite_or_none(evaluation)}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from recap_ds.config import LoggingConfig
+from recap_ds.errors import UsageError
 from recap_ds.train.run_folder import RunFolder
 
 SHOWN = ("loss", "policy_loss", "q_loss", "v_loss")
@@ -38,17 +39,20 @@ class Logbook:
             return wandb_id
         import wandb
 
-        self._wandb = wandb.init(
-            project=self._logging.wandb_project,
-            entity=self._logging.wandb_entity,
-            name=self._run.path.name,
-            id=wandb_id,
-            resume="allow",
-            dir=str(self._run.path),
-            mode=mode,
-            config=self._settings,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self._wandb = wandb.init(
+                project=self._logging.wandb_project,
+                entity=self._logging.wandb_entity,
+                name=self._run.path.name,
+                id=wandb_id,
+                resume="allow",
+                dir=str(self._run.path),
+                mode=mode,
+                config=self._settings,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:  # no network from this machine, or an account it does not know
+            raise UsageError(f"logging.wandb: {mode} does not work here ({error}); set logging.wandb=offline") from None
         return self._wandb.id
 
     def tick(self) -> None:

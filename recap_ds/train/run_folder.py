@@ -11,12 +11,10 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
-
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.atomic import write_file
 from recap_ds.errors import UsageError
-from recap_ds.recipe import changed_keys, dump_config
+from recap_ds.recipe import changed_keys, dump_config, load_config
 
 # What may differ between a run and its continuation: it changes where and how fast, not what is learned.
 FREE_KEYS = (
@@ -59,10 +57,11 @@ class RunFolder:
                 f"training.resume: never, but {self.path} holds a run; choose another name=, or training.resume=auto"
             )
         started = json.loads(self._run.read_text(encoding="utf-8"))
-        old = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        # Read as a config and not as plain YAML: keys that are newer than the run take their defaults.
+        old = load_config(self.path / "config.yaml")
         keys = [
             key
-            for key in changed_keys(old, config.model_dump(mode="json"))
+            for key in changed_keys(old.model_dump(mode="json"), config.model_dump(mode="json"))
             if not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
         ]
         if global_batch != started["global_batch"]:

@@ -53,7 +53,7 @@ def test_sources_join_by_how_often_they_occur():
     mean = np.array([[[1.0], [4.0], [100.0]], [[0.0], [7.0], [0.0]]])
     constant = MeanActions(mean, np.array([[2.0, 1.0, 5.0], [0.0, 3.0, 0.0]]))
     assert constant.per_task(["demo", "auto"]).tolist() == [[2.0], [7.0]]
-    assert constant.per_task(["demo"]).tolist() == [[1.0], [0.0]], "nothing to say is zero"
+    assert constant.per_task(["demo"]).tolist() == [[1.0], [7.0]], "a task without demos takes what it has"
     assert constant.per_task(list(SOURCE_IDS)).tolist() == [[(2 + 4 + 500) / 8], [7.0]]
 
 

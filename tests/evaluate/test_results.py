@@ -237,6 +237,7 @@ def test_damaged_samples_are_left_out(trained, tmp_path):
     for tar in tmp_path.glob("*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
     nothing = judge()
-    assert nothing["num_samples"] == 0 and nothing["policy_loss"] is None and nothing["actions"] == {}
+    assert nothing["num_samples"] == 0 and nothing["actions"] == {}
+    assert nothing["policy_loss"] is None and nothing["total_loss"] is None, "no loss at all is not a loss of zero"
     write_results(tmp_path / "results.json", "a", "b", nothing)
     assert results_table(nothing).startswith("0 held-out samples")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from recap_ds.config import LoggingConfig
+from recap_ds.errors import UsageError
 from recap_ds.train.logbook import Logbook, wandb_mode
 from recap_ds.train.run_folder import RunFolder
 from tests.tiny import tiny_config
@@ -113,6 +114,20 @@ def test_offline_writes_a_folder_and_a_resumed_run_keeps_its_id(tmp_path, monkey
     folders = list((run.path / "wandb").glob("offline-run-*"))
     assert folders and all(first in folder.name for folder in folders), "where wandb sync finds them, under one id"
     assert [line["step"] for line in lines(run)] == [1, 2]
+
+
+def test_a_wandb_that_cannot_be_reached_is_one_clear_line(tmp_path, monkeypatch):
+    import wandb
+
+    def unreachable(**_):
+        raise wandb.errors.CommError("Run initialization has timed out after 90.0 sec.")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    with (
+        pytest.raises(UsageError, match=r"logging\.wandb: online .*timed out.*set logging\.wandb=offline"),
+        logbook(open_folder(tmp_path), wandb="online") as book,
+    ):
+        book.open(0, None)
 
 
 class FakeWandb:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from recap_ds.errors import UsageError
-from recap_ds.recipe import load_config
+from recap_ds.recipe import build_config, load_config
 from recap_ds.train.run_folder import RunFolder
 from tests.tiny import tiny_config
 
@@ -72,6 +72,17 @@ def test_other_settings_are_refused_by_their_names(start, change, keys):
         check(start(**change))
     assert f"other settings: {', '.join(keys)}; choose another name=" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_key_newer_than_the_run_had_its_default(start):
+    config = start()
+    path = RunFolder(config).path / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    del stored["recap"]["demos"]
+    path.write_text(yaml.safe_dump(stored))
+    check(config)
+    with pytest.raises(UsageError, match=r"other settings: recap\.demos;"):
+        check(build_config({**config.model_dump(), "recap": {"demos": "labelled"}}))
 
 
 def test_another_global_batch_or_data_set_is_refused(start):
