@@ -4,7 +4,7 @@ One ``forward`` gives the whole optimizer step, so that one engine, one forward 
 trainable parameter takes part in every step (ZeRO-3 would re-apply the stale gradient of one that does not), and under
 an engine nothing but ``engine(batch, ...)`` runs. The class is plain PyTorch: no ranks, no engine, no files.
 
-    B batch   F flow draws   H chunk   A action dims   J Q networks
+    B batch   H chunk   A action dims
 """
 
 from collections import deque
@@ -16,16 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from recap_ds.algo.advantage import INDICATOR_IDS, AdvantageScale, choose_indicator, forced_positive
-from recap_ds.algo.flow_matching import noisy_action, target_velocity
-from recap_ds.algo.iql import advantage as iql_advantage
-from recap_ds.algo.iql import extraction_weight, q_loss, td_target, value_loss
+from recap_ds.algo.advantage import AdvantageScale
 from recap_ds.batch import Observation, TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.models.building import Builder
 from recap_ds.models.critics import Critic, QNetworks
 from recap_ds.models.dit_cross import DiTCrossExpert
 from recap_ds.models.export_weights import load_export, load_state, save_export, save_state
+from recap_ds.models.joint import Parts, joint_evaluation, joint_step
 from recap_ds.models.losses import (
     EvaluationOutput,
     LossNormalizers,
@@ -35,9 +33,9 @@ from recap_ds.models.losses import (
     normalizers,
     without_padding,
 )
-from recap_ds.models.pixels import augment, to_pixels
+from recap_ds.models.pixels import to_pixels
 from recap_ds.models.sampling import AdvantageName, sample_actions
-from recap_ds.models.vlm import PrefixFeatures, VisionLanguageModel
+from recap_ds.models.vlm import VisionLanguageModel
 from recap_ds.processing.contract import RobotContract
 
 
@@ -81,37 +79,17 @@ class PiStarRECAPPolicy(nn.Module):
         normalizers: LossNormalizers,
         warming_up: bool,
     ) -> TrainOutput | EvaluationOutput:
-        """``scale``: per-task thresholds as of the step before; ``normalizers``: the whole step's valid counts."""
+        """One micro-batch of the stage: its loss in mode train, held-out measures in mode evaluate.
+
+        ``scale``: per-task thresholds as of the step before; ``normalizers``: the whole step's valid counts.
+        """
         batch = without_padding(batch)
+        parts = Parts(self.vlm, self.action_expert, self.critic, self.target_critic)
         if mode == "evaluate":
             with self._no_dropout():
-                return self._evaluate(batch)
-        pixels = self._pixels(batch, batch.observation)
-        next_pixels = self._pixels(batch, batch.next_observation)
-        prefix, next_prefix = self._encode_both(batch, pixels, next_pixels)
-
-        critic_loss, values = self._critic_losses(batch, prefix, next_prefix)
-        advantage = iql_advantage(values["target_q"], values["v"])
-        indicator, weight = self._extraction(batch, advantage, scale, warming_up)
-        flow_error = self._flow_error(batch, prefix, indicator[:, None].expand_as(batch.time))
-
-        iql = self.config.iql
-        policy_sum = (weight * flow_error.sum(dim=1)).sum()
-        loss = iql.policy_loss_weight * policy_sum / normalizers.flow + critic_loss / normalizers.td
-        elements = count_flow_elements(batch).clamp(min=1.0)
-        return TrainOutput(
-            loss=loss,
-            policy_loss=flow_error.detach().sum(dim=1) / elements,
-            q_loss=values["q_loss"].detach(),
-            v_loss=values["v_loss"].detach(),
-            q=values["target_q"].amin(dim=0),
-            v=values["v"].detach(),
-            advantage=advantage,
-            td_error=values["td_error"],
-            target_gap=values["target_gap"],
-            weight=weight,
-            indicator=indicator,
-        )
+                return joint_evaluation(parts, self.config, batch)
+        augmented = self.training and self.config.data.augmentation == "shift_and_color"
+        return joint_step(parts, self.config, batch, scale, normalizers, warming_up, augmented)
 
     @contextmanager
     def _no_dropout(self) -> Iterator[None]:
@@ -122,116 +100,6 @@ class PiStarRECAPPolicy(nn.Module):
             yield
         finally:
             self.train(training)
-
-    def _pixels(self, batch: TransitionBatch, observation: Observation) -> Tensor:
-        pixels = to_pixels(observation.images)
-        if self.config.data.augmentation == "shift_and_color" and self.training:
-            pixels = augment(pixels, batch.augmentation)
-        return pixels
-
-    def _encode_both(
-        self, batch: TransitionBatch, pixels: Tensor, next_pixels: Tensor
-    ) -> tuple[PrefixFeatures, PrefixFeatures]:
-        """Prefix of o_t (with gradient where the VLM trains) and of o_{t+k} (never)."""
-        now, later = batch.observation, batch.next_observation
-        if self.vlm.trainable:
-            prefix = self.vlm(now, pixels)
-            with torch.no_grad():
-                return prefix, self.vlm(later, next_pixels)
-        both = Observation(*(torch.cat(parts) for parts in zip(now, later, strict=True)))
-        encoded = self.vlm(both, torch.cat([pixels, next_pixels]))
-        first, second = zip(*(part.chunk(2) for part in encoded), strict=True)
-        return PrefixFeatures(*first), PrefixFeatures(*second)
-
-    def _critic_losses(
-        self, batch: TransitionBatch, prefix: PrefixFeatures, next_prefix: PrefixFeatures
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum of V and Q losses over samples with a TD target; the critic reads detached features."""
-        detached = PrefixFeatures(prefix.hidden.detach(), prefix.mask)
-        state, iql = batch.observation.state, self.config.iql
-        v = self.critic.v(detached, state)
-        q = self.critic.q(detached, state, batch.actions, batch.td_action_valid)
-        with torch.no_grad():
-            target_q = self.target_critic(detached, state, batch.actions, batch.td_action_valid)
-            next_v = self.critic.v(next_prefix, batch.next_observation.state)
-            target = td_target(
-                batch.chunk_reward,
-                batch.chunk_discount,
-                batch.continues,
-                next_v,
-                clip=self.config.value.reward == "sparse_time",
-            )
-        valid = batch.td_valid.float()
-        per_sample_v = value_loss(target_q, v, iql.expectile) * valid
-        per_sample_q = q_loss(q, target) * valid
-        loss = iql.v_loss_weight * per_sample_v.sum() + iql.q_loss_weight * per_sample_q.sum()
-        return loss, {
-            "v": v,
-            "target_q": target_q,
-            "v_loss": per_sample_v,
-            "q_loss": per_sample_q,
-            "td_error": (q.detach().mean(dim=0) - target) * valid,
-            "target_gap": (q.detach() - target_q).abs().mean(dim=0),
-        }
-
-    def _extraction(
-        self, batch: TransitionBatch, advantage: Tensor, scale: AdvantageScale, warming_up: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Indicator [B] and policy weight [B] of every sample (design: conditioned, weighted or both)."""
-        recap = self.config.recap
-        # From Python numbers: a table made here would be copied to the device, and the host would wait for it.
-        source_weight = sum(weight * (batch.source == source) for source, weight in enumerate(recap.source_weights))
-        if recap.policy_extraction == "weighted":
-            indicator = torch.full_like(batch.task, INDICATOR_IDS["none"])
-        else:
-            forced = forced_positive(batch.source, recap.demos)
-            # k = 0: Q was never asked about this chunk, so its advantage says nothing.
-            unknown = ~batch.td_valid | warming_up
-            indicator = choose_indicator(advantage, batch.task, forced, batch.indicator_dropped, scale, unknown)
-        if recap.policy_extraction == "conditioned":
-            return indicator, source_weight
-        sigma = scale.sigma[batch.task]
-        known = batch.td_valid & (not warming_up)
-        weight = torch.where(known, extraction_weight(advantage, self.config.iql.temperature, sigma), 1.0)
-        return indicator, source_weight * weight
-
-    def _flow_error(self, batch: TransitionBatch, prefix: PrefixFeatures, indicator: Tensor) -> Tensor:
-        """Squared velocity error [B, F], summed over valid frames and real dims; ``indicator`` [B, F]."""
-        mask = (batch.action_valid[:, None, :, None] & batch.action_dim_mask[:, None, None, :]).float()
-        actions = batch.actions[:, None]
-        x_t = noisy_action(actions, batch.noise, batch.time)
-        context = self.action_expert.encode_prefix(prefix)
-        velocity = self.action_expert(context, batch.observation.state, x_t, batch.time, indicator, batch.action_valid)
-        return ((velocity - target_velocity(actions, batch.noise)).square() * mask).sum(dim=(2, 3))
-
-    @torch.no_grad()
-    def _evaluate(self, batch: TransitionBatch) -> EvaluationOutput:
-        pixels, next_pixels = to_pixels(batch.observation.images), to_pixels(batch.next_observation.images)
-        prefix, next_prefix = self._encode_both(batch, pixels, next_pixels)
-        camera_mask = batch.observation.camera_mask.roll(1, dims=0)
-        shuffled = self.vlm(batch.observation._replace(camera_mask=camera_mask), pixels.roll(1, dims=0))
-        _, values = self._critic_losses(batch, prefix, next_prefix)
-        elements = count_flow_elements(batch).clamp(min=1.0)
-        flow_loss = [
-            self._flow_error(batch, prefix, torch.full_like(batch.time, indicator, dtype=torch.long)).sum(dim=1)
-            for indicator in INDICATOR_IDS.values()
-        ]
-        state, noise = batch.observation.state, batch.noise[:, 0]
-        conditioned, unconditioned = (
-            sample_actions(self.action_expert, prefix, state, noise, batch.action_dim_mask, advantage,
-                           guidance_beta=1.0, num_steps=self.config.num_inference_steps)
-            for advantage in ("positive", None)
-        )  # fmt: skip
-        return EvaluationOutput(
-            flow_loss=torch.stack(flow_loss, dim=1) / elements[:, None],
-            q_loss=values["q_loss"],
-            v_loss=values["v_loss"],
-            q=values["target_q"].amin(dim=0),
-            v=values["v"],
-            v_shuffled=self.critic.v(shuffled, state),
-            actions=conditioned,
-            unconditioned_actions=unconditioned,
-        )
 
     # -- plain PyTorch ------------------------------------------------------------------------------------------
 
