@@ -105,7 +105,7 @@ def joint_evaluation(parts: Parts, config: PiStarRECAPConfig, batch: TransitionB
             guidance_beta=1.0,
             num_steps=config.num_inference_steps,
         )
-        for advantage in ("positive", None)
+        for advantage in (None if config.recap.policy_extraction == "weighted" else "positive", None)
     ]
     elements = count_flow_elements(batch).clamp(min=1.0)
     return EvaluationOutput(

@@ -160,7 +160,12 @@ class PiStarRECAPPolicy(nn.Module):
         guidance_beta: float = 1.0,
         num_steps: int | None = None,
     ) -> Tensor:
-        """Actions [B, H, A] in normalised units, from ``noise`` [B, H, A] (drawn if not given)."""
+        """Actions [B, H, A] in normalised units, from ``noise`` [B, H, A] (drawn if not given).
+
+        A policy of ``policy_extraction: weighted`` was trained without indicators: it acts without one, always.
+        """
+        if self.config.recap.policy_extraction == "weighted":
+            advantage = None
         batch_size, device = observation.state.shape[0], observation.state.device
         shape = (batch_size, self.config.chunk_size, self.config.max_action_dim)
         if noise is None:
