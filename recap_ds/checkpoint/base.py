@@ -17,6 +17,9 @@ from recap_ds.checkpoint.base_record import BaseRecord
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.distributed.build import gather, param_is_sharded
 from recap_ds.distributed.runtime import Runtime
+from recap_ds.files.atomic import sync_folder
+from recap_ds.files.records import FileRecord, record_files, write_text
+from recap_ds.files.tensors import TensorFileWriter
 from recap_ds.models.export_format import (
     VLM_CONFIG_NAME,
     VLM_WEIGHTS_NAME,
@@ -26,9 +29,7 @@ from recap_ds.models.export_format import (
 )
 from recap_ds.models.lora import base_name, is_adapter
 from recap_ds.models.policy import PiStarRECAPPolicy
-from recap_ds.models.tensor_file import TensorFileWriter
 from recap_ds.models.vlm_weights import locate_vlm, weight_files
-from recap_ds.models.whole_files import FileRecord, record_files, sync_folder, write_text
 
 
 def base_folder(run: Path) -> str | None:

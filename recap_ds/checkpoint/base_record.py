@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from recap_ds.checkpoint import layout
 from recap_ds.config import ModelConfig
 from recap_ds.errors import UsageError
+from recap_ds.files.records import FileRecord, file_problems, read_checked_json, write_checked_json
 from recap_ds.models.export_format import VLM_CONFIG_NAME
 from recap_ds.models.vlm_weights import locate_vlm
-from recap_ds.models.whole_files import FileRecord, file_problems, read_checked_json, write_checked_json
 
 FORMAT_VERSION = 1
 

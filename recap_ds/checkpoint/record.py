@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from recap_ds.checkpoint.layout import STATE_NAME, rank_file_name
 from recap_ds.checkpoint.tile_file import TileReader
 from recap_ds.errors import UsageError
-from recap_ds.models.whole_files import FileRecord, file_problems, read_checked_json, write_checked_json
+from recap_ds.files.records import FileRecord, file_problems, read_checked_json, write_checked_json
 
 FORMAT_VERSION = 1
 

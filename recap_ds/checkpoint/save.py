@@ -29,8 +29,9 @@ from recap_ds.distributed.runtime import Runtime
 from recap_ds.distributed.shadows import Shadow
 from recap_ds.distributed.tiles import KEYS, local_tiles, read_adam_step, read_tile
 from recap_ds.errors import UsageError
-from recap_ds.models.tensor_file import TensorSource, write_tensor_file
-from recap_ds.models.whole_files import FileRecord, record_files, sync_folder
+from recap_ds.files.atomic import sync_folder
+from recap_ds.files.records import FileRecord, record_files
+from recap_ds.files.tensors import TensorSource, write_tensor_file
 
 
 def save_checkpoint(

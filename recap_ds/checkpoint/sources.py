@@ -15,10 +15,10 @@ from recap_ds.checkpoint.tile_file import EMA, MASTER, TARGET
 from recap_ds.config import ModelConfig
 from recap_ds.distributed.native import is_native, open_native
 from recap_ds.errors import UsageError
+from recap_ds.files.tensors import TensorSource
 from recap_ds.models.export_format import WeightsName
 from recap_ds.models.export_weights import folder_sources
 from recap_ds.models.lora import base_name
-from recap_ds.models.tensor_file import TensorSource
 
 VLM_PREFIX = "vlm.paligemma."
 Q_PREFIX, TARGET_PREFIX = "critic.q.", "target_critic."

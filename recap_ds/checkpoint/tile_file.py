@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from recap_ds.errors import UsageError
-from recap_ds.models.tensor_file import TensorSource, write_tensor_file
-from recap_ds.models.whole_files import FileRecord
+from recap_ds.files.records import FileRecord
+from recap_ds.files.tensors import TensorSource, write_tensor_file
 
 # Of every trainable parameter; the kinds of shadows (target, ema) come on top.
 MASTER = "fp32"

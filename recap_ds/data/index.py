@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from recap_ds.batch import CONTROL_IDS, OUTCOME_IDS, SOURCE_IDS
 from recap_ds.config import SourceName
-from recap_ds.data.atomic import write_file
 from recap_ds.errors import UsageError
+from recap_ds.files.atomic import write_file
 
 INDEX_VERSION = 1
 SHARD_NAME = re.compile(r"(demo|auto|intervention)-(\d{6,})\.tar")

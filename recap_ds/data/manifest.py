@@ -12,9 +12,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recap_ds.config import SourceName
-from recap_ds.data.atomic import write_file
 from recap_ds.data.stats import FeatureStats
 from recap_ds.errors import UsageError
+from recap_ds.files.atomic import write_file
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"

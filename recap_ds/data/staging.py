@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from recap_ds.data.atomic import sync_folder
 from recap_ds.data.index import SHARD_NAME, ShardIndex
 from recap_ds.data.manifest import MANIFEST_NAME, Manifest
 from recap_ds.errors import UsageError
+from recap_ds.files.atomic import sync_folder
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from recap_ds import __version__
 from recap_ds.config import LoraConfig, PiStarRECAPConfig
 from recap_ds.errors import UsageError
-from recap_ds.models.lora import ADAPTER, base_name, is_adapter, merge_adapters, peft_config, peft_name
-from recap_ds.models.tensor_file import TensorSource, write_tensor_file
-from recap_ds.models.whole_files import (
+from recap_ds.files.atomic import sync_folder
+from recap_ds.files.records import (
     FileRecord,
     read_checked_json,
     record_file,
     sync_file,
-    sync_folder,
     write_checked_json,
     write_text,
 )
+from recap_ds.files.tensors import TensorSource, write_tensor_file
+from recap_ds.models.lora import ADAPTER, base_name, is_adapter, merge_adapters, peft_config, peft_name
 from recap_ds.processing.contract import CONTRACT_NAME, RobotContract
 from recap_ds.recipe import dump_config
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
+from recap_ds.files.records import file_problems
+from recap_ds.files.tensors import TensorSource, write_tensor_file
 from recap_ds.models.building import Builder, fill
 from recap_ds.models.export_format import (
     ADAPTER_NAME,
@@ -35,9 +37,7 @@ from recap_ds.models.export_format import (
     write_export,
 )
 from recap_ds.models.lora import is_adapter, peft_name
-from recap_ds.models.tensor_file import TensorSource, write_tensor_file
 from recap_ds.models.vlm_weights import locate_vlm, model_name, weight_files
-from recap_ds.models.whole_files import file_problems
 from recap_ds.processing.contract import CONTRACT_NAME, RobotContract
 from recap_ds.recipe import dump_config, load_config
 

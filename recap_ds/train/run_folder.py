@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from recap_ds.config import PiStarRECAPConfig
-from recap_ds.data.atomic import write_file
 from recap_ds.errors import UsageError
+from recap_ds.files.atomic import write_file
 from recap_ds.recipe import changed_keys, dump_config, load_config
 
 # What may differ between a run and its continuation: it changes where and how fast, not what is learned.

@@ -11,10 +11,10 @@ from recap_ds.checkpoint.base_record import BaseRecord
 from recap_ds.checkpoint.record import CheckpointRecord, GroupSettings, ParameterRecord
 from recap_ds.checkpoint.tile_file import StoredTile, write_tile_file
 from recap_ds.config import PiStarRECAPConfig
+from recap_ds.files.records import write_text
+from recap_ds.files.tensors import TensorSource, write_tensor_file
 from recap_ds.models.export_format import VLM_CONFIG_NAME, VLM_WEIGHTS_NAME, split_adapter, stored_name, vlm_config_json
 from recap_ds.models.policy import PiStarRECAPPolicy
-from recap_ds.models.tensor_file import TensorSource, write_tensor_file
-from recap_ds.models.whole_files import write_text
 from recap_ds.processing.contract import RobotContract, TaskContract
 from recap_ds.recipe import dump_config
 from tests.tiny import tiny_config

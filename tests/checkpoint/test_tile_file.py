@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from recap_ds.checkpoint.tile_file import StoredTile, TileReader, write_tile_file
 from recap_ds.errors import UsageError
-from recap_ds.models.tensor_file import TensorFileWriter, TensorSource, write_tensor_file
-from recap_ds.models.whole_files import record_file
+from recap_ds.files.records import record_file
+from recap_ds.files.tensors import TensorFileWriter, TensorSource, write_tensor_file
 
 
 def test_what_is_streamed_is_what_safetensors_reads(tmp_path):

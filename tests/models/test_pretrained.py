@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recap_ds.errors import UsageError
+from recap_ds.files.records import record_file, write_checked_json
 from recap_ds.models.export_format import EXPORT_NAME, ExportRecord
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.pretrained import load_pretrained, save_pretrained
-from recap_ds.models.whole_files import record_file, write_checked_json
 from recap_ds.processing.contract import RobotContract, TaskContract
 from recap_ds.processing.tokens import ByteTokenizer
 from tests.tiny import random_batch, tiny_config, wake

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recap_ds.models.whole_files import FileRecord
+from recap_ds.files.records import FileRecord
 
 DTYPE_NAMES = {
     torch.float64: "F64",

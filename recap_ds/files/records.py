@@ -38,15 +38,6 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Make new names inside ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def record_file(path: Path) -> FileRecord:
     """Size and checksum of a file that is there already."""
     sha256 = hashlib.sha256()
