@@ -7,7 +7,6 @@ logged; how many are too many is the training loop's decision.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from recap_ds.data.sample import SampleArrays
 from recap_ds.data.shard_set import DamagedSample, ShardSet
 from recap_ds.data.workers import worker_options
 from recap_ds.errors import UsageError
+from recap_ds.files.atomic import append_line
 from recap_ds.processing.normalize import Normalizer
 from recap_ds.processing.tokens import Tokenizer
 
@@ -99,13 +99,7 @@ class TransitionDataset(Dataset):
 def log_damage(path: Path | None, damage: DamagedSample, slot: int) -> None:
     if path is None:
         return
-    line = json.dumps({"shard": damage.shard, "key": damage.key, "what": damage.what, "slot": slot}) + "\n"
-    # One write to a file opened for appending: lines of several processes do not mix.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    append_line(path, json.dumps({"shard": damage.shard, "key": damage.key, "what": damage.what, "slot": slot}))
 
 
 class SlotBatches:

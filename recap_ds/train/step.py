@@ -6,7 +6,6 @@ advantages up to s - 1.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -17,6 +16,7 @@ from recap_ds.algo.advantage import forced_positive
 from recap_ds.batch import TransitionBatch, to_device
 from recap_ds.distributed.engine import global_grad_norm, grad_norms_by_group, step_was_applied, zero_stale_gradients
 from recap_ds.distributed.reduce import gather_flat, sum_over_ranks
+from recap_ds.files.atomic import append_line
 from recap_ds.models.losses import LossNormalizers, TrainOutput, local_counts, normalizers
 from recap_ds.train.metrics import StepMetrics
 from recap_ds.train.optim import learning_rate_factor, set_learning_rates
@@ -113,8 +113,4 @@ def record_skipped(session: Session, step: int, micro_batches: Sequence[Transiti
         "last_slot": int(slots.max()),
         "suspects": names,
     }
-    descriptor = os.open(session.plan.run.skipped, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(descriptor)
+    append_line(session.plan.run.skipped, json.dumps(line))
