@@ -15,19 +15,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from recap_ds.algo.flow_matching import flow_time
-from recap_ds.algo.returns import TaskScale
 from recap_ds.batch import TransitionBatch
 from recap_ds.config import BatchSizes, PiStarRECAPConfig
 from recap_ds.data.assemble import Assembler, BatchDraws
 from recap_ds.data.draws import training_draws
 from recap_ds.data.order import SampleOrder
 from recap_ds.data.sample import SampleArrays
-from recap_ds.data.shard_set import DamagedSample, ShardSet
+from recap_ds.data.shard_set import DamagedSample
 from recap_ds.data.workers import worker_options
 from recap_ds.errors import UsageError
 from recap_ds.files.atomic import append_line
-from recap_ds.processing.normalize import Normalizer
-from recap_ds.processing.tokens import Tokenizer
 
 # Replacements tried for one slot. With one sample in ten damaged, all fail once in 10^16 slots.
 MAX_ATTEMPTS = 16
@@ -36,19 +33,11 @@ MAX_ATTEMPTS = 16
 class TransitionDataset(Dataset):
     """Map-style over slots; a whole micro-batch at a time. Picklable."""
 
-    def __init__(
-        self,
-        shard_set: ShardSet,
-        config: PiStarRECAPConfig,
-        tokenizer: Tokenizer,
-        normalizer: Normalizer,
-        scale: TaskScale,
-        damage_log: Path | None = None,
-    ):
+    def __init__(self, assembler: Assembler, config: PiStarRECAPConfig, damage_log: Path | None = None):
         """``damage_log``: one JSON line per damaged sample met is appended to it, by every process."""
-        self.assembler = Assembler(shard_set, config, tokenizer, normalizer, scale)
+        self.assembler = assembler
         self.order = SampleOrder(
-            shard_set.training_samples(config.data.held_out_fraction),
+            assembler.shard_set.training_samples(config.data.held_out_fraction),
             config.data.mixture,
             config.training.seed,
             config.data.shuffle_shards,

@@ -12,6 +12,7 @@ from recap_ds.algo.advantage import AdvantageRing
 from recap_ds.algo.returns import TaskScale, value_scale
 from recap_ds.checkpoint.base import base_folder, ensure_base
 from recap_ds.config import BatchSizes, PiStarRECAPConfig, batch_sizes
+from recap_ds.data.assemble import Assembler
 from recap_ds.data.loader import TransitionDataset
 from recap_ds.data.sample import check_data_matches
 from recap_ds.data.shard_set import ShardSet
@@ -76,7 +77,8 @@ def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo)
     run.check_continues(config, sizes.total, manifest.content_hash())
     normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
     tokenizer = build_tokenizer(config.model.vlm_model_name, config.model.vlm_revision)
-    dataset = TransitionDataset(shard_set, config, tokenizer, normalizer, scale, damage_log=run.damaged)
+    assembler = Assembler(shard_set, config, tokenizer, normalizer, scale)
+    dataset = TransitionDataset(assembler, config, damage_log=run.damaged)
     contract = _contract(config, shard_set, normalizer, scale)
     return Plan(config, info, sizes, ds_config, precision, run, dataset, normalizer, contract, tasks)
 

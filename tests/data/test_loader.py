@@ -9,6 +9,7 @@ import torch
 
 from recap_ds.batch import SOURCE_IDS, TransitionBatch, map_tensors
 from recap_ds.config import BatchSizes, PiStarRECAPConfig
+from recap_ds.data.assemble import Assembler
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.loader import MAX_ATTEMPTS, TransitionDataset, build_train_loader
 from recap_ds.data.shard_set import ShardSet
@@ -26,7 +27,8 @@ def shards(tmp_path_factory) -> ShardSet:
 def dataset_of(shard_set: ShardSet, config: PiStarRECAPConfig, damage_log: Path | None = None) -> TransitionDataset:
     manifest = shard_set.manifest
     normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
-    return TransitionDataset(shard_set, config, ByteTokenizer(), normalizer, scale_of(config, manifest), damage_log)
+    assembler = Assembler(shard_set, config, ByteTokenizer(), normalizer, scale_of(config, manifest))
+    return TransitionDataset(assembler, config, damage_log)
 
 
 def load(dataset, config, sizes=(8, 1, 1), rank=0, start_slot=0, num_steps=3) -> list[TransitionBatch]:
