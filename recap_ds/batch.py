@@ -47,6 +47,9 @@ class TransitionBatch(NamedTuple):
     # Monte-Carlo return of the whole episode from this frame, clipped; mc_valid False where it is not known.
     mc_return: Tensor  # [B] float32
     mc_valid: Tensor  # [B] bool
+    # From label files, in stage policy; zeros where the run reads none.
+    label_indicator: Tensor  # [B] int64, INDICATOR_IDS
+    label_advantage: Tensor  # [B] float32
     # What the sample is.
     task: Tensor  # [B] int64, index into the manifest's tasks
     source: Tensor  # [B] int64, SOURCE_IDS

@@ -5,9 +5,10 @@ offload, precision and communication, and nothing that stands here (``distribute
 Lengths of time are native frames or optimizer steps, spelled in the name; learning rates are peaks.
 """
 
+import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from recap_ds.errors import UsageError
 
@@ -45,6 +46,8 @@ class ModelConfig(Section):
     action_expert_dropout: float = Field(0.0, ge=0, lt=1)
     # Draws of (time, noise) per observation: the prefix is encoded once and shared by all of them.
     flow_samples: int = Field(1, ge=1)
+    # The action expert only reads the VLM. In stage joint the critics then train it, if it is not frozen.
+    stop_gradient: bool = False
 
     qv_hidden_size: int = Field(512, ge=8)
     qv_num_layers: int = Field(3, ge=1)
@@ -90,13 +93,19 @@ class IQLConfig(Section):
 
 
 class ValueConfig(Section):
-    """Rewards and returns (RECAP, arXiv 2511.14759, Eq. 5). Lengths are in frames of the native rate."""
+    """Rewards, returns and what learns them (RECAP, arXiv 2511.14759, Eq. 1 and 5). Lengths are native frames."""
 
+    # iql: twin Q over action chunks and V, by TD. distributional: bins over the Monte-Carlo return; stage critic only.
+    critic: Literal["iql", "distributional"] = "iql"
+    num_bins: int = Field(201, ge=2)
+    target: Literal["two_hot", "hl_gauss"] = "two_hot"
     reward: Literal["sparse_time", "environment"] = "sparse_time"
     # Penalty of a failed ending, in frames; None is the task's longest episode.
     c_fail: float | None = Field(None, ge=0)
     normaliser: Literal["max_length", "max_length_plus_c_fail"] = "max_length"
     timeout_is: Literal["failure", "truncated"] = "failure"
+    # Charged where a human takes over, in units of the task's longest episode.
+    takeover_penalty: float = Field(0.0, ge=0)
     # Overrides of the longest episode per task; the rest come from the shard manifest.
     max_length: dict[str, int] = Field(default_factory=dict)
 
@@ -114,6 +123,8 @@ class RecapConfig(Section):
     # Steps in which not-forced samples train without an indicator; None is a tenth of the run.
     indicator_warmup_steps: int | None = Field(None, ge=0)
     policy_extraction: Literal["conditioned", "weighted", "both"] = "conditioned"
+    # Stage policy without labels: every sample is positive, whoever acted (the paper's supervised fine-tuning).
+    sft: bool = False
     # Advantages remembered per task for thresholds and sigma, and how many are needed before they count.
     advantage_window: int = Field(8192, ge=16)
     advantage_window_min: int = Field(512, ge=2)
@@ -124,7 +135,8 @@ class RecapConfig(Section):
 
 
 class TrainingConfig(Section):
-    stage: Literal["joint"] = "joint"
+    # joint: policy and IQL critics at once. critic, then labels (launch/label.py), then policy: RECAP's own order.
+    stage: Literal["joint", "critic", "policy"] = "joint"
     # Micro-batch of one rank. Global batch = batch_size x gradient_accumulation_steps x world size.
     batch_size: int = Field(32, ge=1)
     gradient_accumulation_steps: int | None = Field(None, ge=1)
@@ -147,11 +159,15 @@ class TrainingConfig(Section):
     resume: Literal["auto", "never"] = "auto"
     # Optimizer steps in a row that may be skipped for NaN or inf before the run stops.
     max_skipped_steps: int = Field(10, ge=1)
+    # Stop when evaluation.gate has not improved for so many evaluations; None trains to the end.
+    early_stop_evaluations: int | None = Field(None, ge=1)
 
 
 class DataConfig(Section):
     # A folder with manifest.json. None only in the embedded quickstart, which makes its own.
     shards: str | None = None
+    # Stage policy: the tag under which launch/label.py wrote the labels it is to learn from.
+    labels: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     # Sampling weight per source; None draws every sample equally often.
     mixture: dict[SourceName, float] | None = None
     # Camera names in slot order; None takes the manifest's. A camera a sample lacks is masked.
@@ -191,6 +207,8 @@ class EvaluationConfig(Section):
     batch_size: int = Field(32, ge=1)
     # Flow times of the seeded grid, evenly spaced in (0, 1).
     num_flow_times: int = Field(4, ge=1)
+    # The held-out figure that decides which checkpoint is best: loss, nll and mae by being low, the others high.
+    gate: Literal["loss", "nll", "mae", "rank_correlation", "separation", "shuffled_image_gap"] = "loss"
 
 
 class PiStarRECAPConfig(Section):
@@ -214,6 +232,7 @@ class PiStarRECAPConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    label: LabelConfig = Field(default_factory=LabelConfig)
 
     @model_validator(mode="after")
     def _rules_between_sections(self):
@@ -231,6 +250,63 @@ class PiStarRECAPConfig(Section):
         if self.data.mixture is not None and not any(weight > 0 for weight in self.data.mixture.values()):
             raise ValueError("data.mixture: no source has a positive weight")
         return self
+
+    @model_validator(mode="after")
+    def _rules_of_the_stage(self):
+        stage, distributional = self.training.stage, self.value.critic == "distributional"
+        if distributional and stage == "joint":
+            raise ValueError("value.critic: distributional is trained in stage critic; stage joint takes iql")
+        if distributional and self.value.reward == "environment":
+            raise ValueError("value.critic: distributional learns sparse_time returns; set value.reward=sparse_time")
+        if self.model.stop_gradient and not self.vlm_is_frozen and stage == "policy":
+            raise ValueError(
+                "model.stop_gradient: in stage policy nothing else trains the VLM; set model.freeze_vlm=true and "
+                "lora.enabled=false"
+            )
+        if stage == "policy":
+            self._check_labels()
+        elif self.data.labels is not None or self.recap.sft:
+            key = "recap.sft" if self.recap.sft else "data.labels"
+            raise ValueError(f"{key}: only stage policy reads it, and training.stage is {stage}; leave it out")
+        self._check_gate(has_values=stage != "policy", has_nll=distributional and stage == "critic")
+        return self
+
+    def _check_labels(self) -> None:
+        if self.recap.sft and self.data.labels is not None:
+            raise ValueError("recap.sft: takes every sample as positive, so it reads no data.labels; leave one out")
+        if self.recap.sft and self.recap.policy_extraction != "conditioned":
+            raise ValueError("recap.sft: has no advantages to weigh with; set recap.policy_extraction=conditioned")
+        if not self.recap.sft and self.data.labels is None:
+            raise ValueError(
+                "data.labels: stage policy needs the tag of labels that launch/label.py wrote (or recap.sft=true)"
+            )
+
+    def _check_gate(self, has_values: bool, has_nll: bool) -> None:
+        gate = self.evaluation.gate
+        if not has_values and gate != "loss":
+            raise ValueError(f"evaluation.gate: stage policy has no value function to take '{gate}' of; set loss")
+        if gate == "nll" and not has_nll:
+            raise ValueError("evaluation.gate: nll is a figure of value.critic=distributional in stage critic")
+        if self.training.early_stop_evaluations is not None and self.data.held_out_fraction == 0:
+            raise ValueError("training.early_stop_evaluations: needs held-out episodes; raise data.held_out_fraction")
+
+    @property
+    def vlm_is_frozen(self) -> bool:
+        """True = no gradient reaches it, not even into adapters."""
+        return self.model.freeze_vlm and not self.lora.enabled
+
+    @property
+    def learns_by_td(self) -> bool:
+        """True = the stage's critic reads TD windows and next observations."""
+        return self.value.critic == "iql" and self.training.stage != "policy"
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """What the stage builds beside the VLM, by the names of the policy's children."""
+        policy = () if self.training.stage == "critic" else ("action_expert",)
+        if self.training.stage == "policy":
+            return policy
+        return (*policy, "critic", "target_critic") if self.value.critic == "iql" else (*policy, "critic")
 
     @property
     def frame_discount(self) -> float:

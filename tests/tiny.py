@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from recap_ds.algo.advantage import INDICATOR_IDS
 from recap_ds.batch import (
     CONTROL_IDS,
     NUM_AUGMENTATION_DRAWS,
@@ -107,6 +108,8 @@ def random_batch(
         continues=continues.float(),
         mc_return=-uniform(batch_size),
         mc_valid=uniform(batch_size) < 0.9,
+        label_indicator=row % len(INDICATOR_IDS),
+        label_advantage=0.1 * torch.sin(row.float()),
         task=row % num_tasks,
         source=source,
         control=torch.where(source == SOURCE_IDS["auto"], CONTROL_IDS["policy"], CONTROL_IDS["human"]),

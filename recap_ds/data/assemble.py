@@ -100,6 +100,8 @@ class Assembler:
             mc_return=mc_return,
             # What the rest of the episode would have paid is not stored: only sparse rewards follow from its length.
             mc_valid=mc_valid & valid & (self._rule.reward == "sparse_time"),
+            label_indicator=torch.zeros(len(samples), dtype=torch.int64),
+            label_advantage=torch.zeros(len(samples)),
             task=task,
             source=self._column(table.source, samples),
             control=self._column(table.control, samples),
