@@ -211,6 +211,37 @@ class EvaluationConfig(Section):
     gate: Literal["loss", "nll", "mae", "rank_correlation", "separation", "shuffled_image_gap"] = "loss"
 
 
+class LabelConfig(Section):
+    """Advantage labels of a whole shard folder, from a trained critic (``launch/label.py``)."""
+
+    # How far an advantage looks ahead: native frames (50), seconds ("1.0s"), or "episode" for all of it.
+    lookahead: int | str = 50
+    # distributional: N-step advantage, from a distributional critic. iql: min Q - V. blend: both, from an IQL critic.
+    source: Literal["distributional", "iql", "blend"] = "distributional"
+    # Share of the N-step advantage in a blend; min Q - V has the rest.
+    blend: float = Field(0.5, ge=0, le=1)
+    # Samples per forward; the last batch of a shard is padded to it.
+    batch_size: int = Field(64, ge=1)
+
+    @field_validator("lookahead")
+    @classmethod
+    def _is_a_length(cls, value: int | str) -> int | str:
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
+        seconds = re.fullmatch(r"(\d+(?:\.\d+)?)s", value) if isinstance(value, str) else None
+        if value == "episode" or (seconds and float(seconds[1]) > 0) or (isinstance(value, int) and value >= 1):
+            return value
+        raise ValueError(f"label.lookahead: {value!r} is neither frames (50), seconds (1.0s) nor 'episode'")
+
+    def lookahead_frames(self, fps: float) -> int | None:
+        """None is to the end of the episode."""
+        if self.lookahead == "episode":
+            return None
+        if isinstance(self.lookahead, int):
+            return self.lookahead
+        return max(1, round(float(self.lookahead.removesuffix("s")) * fps))
+
+
 class PiStarRECAPConfig(Section):
     """The whole configuration. ``PiStarRECAPConfig(chunk_size=10, model={...})`` works in plain PyTorch."""
 
