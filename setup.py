@@ -20,13 +20,14 @@ setup(
         "pydantic>=2.10,<3",
         "safetensors>=0.5,<1",
         "numpy>=1.26,<3",
+        "pyarrow>=17",
         "pillow>=10",
         "tqdm>=4.66",
     ],
     extras_require={
-        # Reading LeRobot data sets: parquet and AV1 video.
-        "lerobot": ["pyarrow>=17", "av>=14"],
-        "test": ["pytest>=8", "ruff>=0.15,<0.18", "pyarrow>=17", "av>=14"],
+        # Reading LeRobot data sets: AV1 video.
+        "lerobot": ["av>=14"],
+        "test": ["pytest>=8", "ruff>=0.15,<0.18", "av>=14"],
     },
     entry_points={"console_scripts": ["recap-ds = recap_ds.cli.main:main"]},
 )

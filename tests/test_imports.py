@@ -18,7 +18,8 @@ BASE = {"config", "batch", "recipe", "errors", "files"}
 ALLOWED = {
     "errors": set(),
     "batch": set(),
-    "config": {"errors"},
+    "sections": set(),
+    "config": {"errors", "sections"},
     "recipe": {"config", "errors"},
     "processing": {"config", "errors"},
     "files": {"errors"},
@@ -29,15 +30,17 @@ ALLOWED = {
     "distributed": BASE,
     "checkpoint": BASE | {"distributed", "models", "processing"},
     "evaluate": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint"},
+    "label": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint"},
     "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate"},
-    "cli": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "train"},
+    "cli": BASE
+    | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"},
 }
 # The only modules, by the start of their name, that may import these. Pickle has no home.
 HOMES = {
     "deepspeed": ("recap_ds.distributed.",),
     "webdataset": ("recap_ds.data.",),
     "wandb": ("recap_ds.train.logbook",),
-    "pyarrow": ("recap_ds.data.lerobot.",),
+    "pyarrow": ("recap_ds.data.",),
     "av": ("recap_ds.data.lerobot.",),
     "pickle": (),
 }

@@ -1,0 +1,238 @@
+"""The sections of the configuration: every knob, typed and frozen, with the default it has.
+
+Rules between sections stand in ``config.py``, from which the rest of the package imports. Lengths of time are native
+frames or optimizer steps, spelled in the name; learning rates are peaks.
+"""
+
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SOURCES = ("demo", "auto", "intervention")
+SourceName = Literal["demo", "auto", "intervention"]
+
+
+class Section(BaseModel):
+    # validate_default: a default that breaks its own rule is our bug and should fail at once.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(Section):
+    """Sizes of the vision-language model (VLM), the action expert and the critics."""
+
+    # A hub id, a folder in transformers' format, or "tiny": a random PaliGemma of a million parameters, no download.
+    vlm_model_name: str = "google/paligemma-3b-pt-224"
+    vlm_revision: str | None = None
+    # Take the architecture (and tokenizer) from vlm_model_name but random weights.
+    vlm_random_init: bool = False
+    freeze_vlm: bool = True
+    image_size: int = Field(224, ge=16)
+    max_prompt_tokens: int = Field(48, ge=1)
+    # Tiny VLM only: four strided convolutions in place of the patch projection; trains far faster from scratch.
+    conv_stem: bool = False
+
+    action_expert: Literal["dit_cross"] = "dit_cross"
+    action_expert_hidden_size: int = Field(1024, ge=8)
+    action_expert_num_layers: int = Field(6, ge=1)
+    action_expert_num_heads: int = Field(8, ge=1)
+    action_expert_mlp_ratio: float = Field(4.0, gt=0)
+    action_expert_dropout: float = Field(0.0, ge=0, lt=1)
+    # Draws of (time, noise) per observation: the prefix is encoded once and shared by all of them.
+    flow_samples: int = Field(1, ge=1)
+    # The action expert only reads the VLM. In stage joint the critics then train it, if it is not frozen.
+    stop_gradient: bool = False
+
+    qv_hidden_size: int = Field(512, ge=8)
+    qv_num_layers: int = Field(3, ge=1)
+    qv_num_heads: int = Field(8, ge=1)
+    num_q_networks: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        for width, heads, names in (
+            (self.action_expert_hidden_size, self.action_expert_num_heads, "action_expert_{hidden_size,num_heads}"),
+            (self.qv_hidden_size, self.qv_num_heads, "qv_{hidden_size,num_heads}"),
+        ):
+            if width % heads or (width // heads) % 2:
+                raise ValueError(f"model.{names}: {width} does not divide into {heads} heads of even width")
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on the VLM's language model (peft). Needs ``model.freeze_vlm: true``."""
+
+    enabled: bool = False
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class IQLConfig(Section):
+    """Implicit Q-learning (arXiv 2110.06169) over action chunks."""
+
+    # Per CHUNK of chunk_size frames; per frame it is discount ** (1 / chunk_size).
+    discount: float = Field(0.99, gt=0, le=1)
+    expectile: float = Field(0.7, gt=0.5, lt=1)
+    # Weighted extraction: weight = exp(A / (temperature * sigma_task)), at most 100.
+    temperature: float = Field(0.5, gt=0)
+    v_loss_weight: float = Field(1.0, gt=0)
+    q_loss_weight: float = Field(1.0, gt=0)
+    policy_loss_weight: float = Field(1.0, gt=0)
+    # Polyak rate of the target critic, per optimizer step.
+    target_update_rate: float = Field(0.005, gt=0, le=1)
+    # The TD window is fixed when shards are written; "manifest" accepts one that differs from chunk_size.
+    horizon: Literal["chunk_size", "manifest"] = "chunk_size"
+
+
+class ValueConfig(Section):
+    """Rewards, returns and what learns them (RECAP, arXiv 2511.14759, Eq. 1 and 5). Lengths are native frames."""
+
+    # iql: twin Q over action chunks and V, by TD. distributional: bins over the Monte-Carlo return; stage critic only.
+    critic: Literal["iql", "distributional"] = "iql"
+    num_bins: int = Field(201, ge=2)
+    target: Literal["two_hot", "hl_gauss"] = "two_hot"
+    reward: Literal["sparse_time", "environment"] = "sparse_time"
+    # Penalty of a failed ending, in frames; None is the task's longest episode.
+    c_fail: float | None = Field(None, ge=0)
+    normaliser: Literal["max_length", "max_length_plus_c_fail"] = "max_length"
+    timeout_is: Literal["failure", "truncated"] = "failure"
+    # Charged where a human takes over, in units of the task's longest episode.
+    takeover_penalty: float = Field(0.0, ge=0)
+    # Overrides of the longest episode per task; the rest come from the shard manifest.
+    max_length: dict[str, int] = Field(default_factory=dict)
+
+
+class RecapConfig(Section):
+    """Advantage conditioning: who counts as positive, and how the policy uses it."""
+
+    # Policy-loss weight per source; sampling is data.mixture's business.
+    demo_weight: float = Field(1.0, ge=0)
+    auto_weight: float = Field(1.0, ge=0)
+    intervention_weight: float = Field(2.0, ge=0)
+    demos: Literal["positive", "labelled"] = "positive"
+    positive_fraction: float = Field(0.4, gt=0, lt=1)
+    indicator_dropout: float = Field(0.3, ge=0, lt=1)
+    # Steps in which not-forced samples train without an indicator; None is a tenth of the run.
+    indicator_warmup_steps: int | None = Field(None, ge=0)
+    policy_extraction: Literal["conditioned", "weighted", "both"] = "conditioned"
+    # Stage policy without labels: every sample is positive, whoever acted (the paper's supervised fine-tuning).
+    sft: bool = False
+    # Advantages remembered per task for thresholds and sigma, and how many are needed before they count.
+    advantage_window: int = Field(8192, ge=16)
+    advantage_window_min: int = Field(512, ge=2)
+
+    @property
+    def source_weights(self) -> tuple[float, float, float]:
+        return self.demo_weight, self.auto_weight, self.intervention_weight
+
+
+class TrainingConfig(Section):
+    # joint: policy and IQL critics at once. critic, then labels (launch/label.py), then policy: RECAP's own order.
+    stage: Literal["joint", "critic", "policy"] = "joint"
+    # Micro-batch of one rank. Global batch = batch_size x gradient_accumulation_steps x world size.
+    batch_size: int = Field(32, ge=1)
+    gradient_accumulation_steps: int | None = Field(None, ge=1)
+    global_batch_size: int | None = Field(None, ge=1)
+    num_training_steps: int = Field(100_000, ge=1)
+    num_warmup_steps: int = Field(1000, ge=0)
+    learning_rate: float = Field(1e-4, gt=0)  # action expert
+    vlm_learning_rate: float = Field(1e-5, gt=0)
+    critic_learning_rate: float = Field(3e-4, gt=0)
+    # The cosine ends at this share of the peak.
+    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0)
+    use_amp: bool = True
+    activation_checkpointing: bool = False
+    # Exponential moving average used by evaluation and export; None keeps none.
+    ema_decay: float | None = Field(0.999, gt=0, lt=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    resume: Literal["auto", "never"] = "auto"
+    # Optimizer steps in a row that may be skipped for NaN or inf before the run stops.
+    max_skipped_steps: int = Field(10, ge=1)
+    # Stop when evaluation.gate has not improved for so many evaluations; None trains to the end.
+    early_stop_evaluations: int | None = Field(None, ge=1)
+
+
+class DataConfig(Section):
+    # A folder with manifest.json. None only in the embedded quickstart, which makes its own.
+    shards: str | None = None
+    # Stage policy: the tag under which launch/label.py wrote the labels it is to learn from.
+    labels: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    # Sampling weight per source; None draws every sample equally often.
+    mixture: dict[SourceName, float] | None = None
+    # Camera names in slot order; None takes the manifest's. A camera a sample lacks is masked.
+    cameras: tuple[str, ...] | None = None
+    normalization: Literal["mean_std", "quantile"] = "mean_std"
+    # Samples are shuffled within windows of this many shards.
+    shuffle_shards: int = Field(8, ge=1)
+    # Share of each task's episodes kept for evaluation, chosen by a hash of the episode's name.
+    held_out_fraction: float = Field(0.1, ge=0, lt=1)
+    augmentation: Literal["none", "shift_and_color"] = "none"
+    num_workers: int = Field(2, ge=0)
+    prefetch_batches: int = Field(4, ge=1)
+    max_damaged_fraction: float = Field(0.001, ge=0, le=1)
+
+
+class CheckpointConfig(Section):
+    save_every_steps: int = Field(1000, ge=1)
+    keep_last: int = Field(2, ge=1)
+    # Also keep every checkpoint whose step is a multiple of this.
+    keep_every_steps: int | None = Field(None, ge=1)
+    # Beside ours, a native ZeRO checkpoint on which zero_to_fp32.py works.
+    also_deepspeed: bool = False
+
+
+class LoggingConfig(Section):
+    every_steps: int = Field(10, ge=1)
+    # auto: online where wandb has an account, else offline.
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    wandb_project: str = "recap_ds"
+    wandb_entity: str | None = None
+
+
+class EvaluationConfig(Section):
+    # Held-out evaluation during training; the last step is always evaluated.
+    every_steps: int = Field(1000, ge=1)
+    max_samples: int = Field(512, ge=1)
+    batch_size: int = Field(32, ge=1)
+    # Flow times of the seeded grid, evenly spaced in (0, 1).
+    num_flow_times: int = Field(4, ge=1)
+    # The held-out figure that decides which checkpoint is best: loss, nll and mae by being low, the others high.
+    gate: Literal["loss", "nll", "mae", "rank_correlation", "separation", "shuffled_image_gap"] = "loss"
+
+
+class LabelConfig(Section):
+    """Advantage labels of a whole shard folder, from a trained critic (``launch/label.py``)."""
+
+    # How far an advantage looks ahead: native frames (50), seconds ("1.0s"), or "episode" for all of it.
+    lookahead: int | str = 50
+    # distributional: N-step advantage, from a distributional critic. iql: min Q - V. blend: both, from an IQL critic.
+    source: Literal["distributional", "iql", "blend"] = "distributional"
+    # Share of the N-step advantage in a blend; min Q - V has the rest.
+    blend: float = Field(0.5, ge=0, le=1)
+    # Samples per forward; the last batch of a shard is padded to it.
+    batch_size: int = Field(64, ge=1)
+
+    @field_validator("lookahead")
+    @classmethod
+    def _is_a_length(cls, value: int | str) -> int | str:
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
+        seconds = re.fullmatch(r"(\d+(?:\.\d+)?)s", value) if isinstance(value, str) else None
+        if value == "episode" or (seconds and float(seconds[1]) > 0) or (isinstance(value, int) and value >= 1):
+            return value
+        raise ValueError(f"label.lookahead: {value!r} is neither frames (50), seconds (1.0s) nor 'episode'")
+
+    def lookahead_frames(self, fps: float) -> int | None:
+        """None is to the end of the episode."""
+        if self.lookahead == "episode":
+            return None
+        if isinstance(self.lookahead, int):
+            return self.lookahead
+        return max(1, round(float(self.lookahead.removesuffix("s")) * fps))
