@@ -35,6 +35,7 @@ class TaskScale(NamedTuple):
     max_length: Tensor  # [N] float64, L_task
     failure_cost: Tensor  # [N] float64
     normaliser: Tensor  # [N] float64
+    takeover_cost: Tensor  # [N] float64
 
 
 class TdWindow(NamedTuple):
@@ -46,7 +47,7 @@ class TdWindow(NamedTuple):
 
 
 def value_scale(value: ValueConfig, longest: dict[str, int], tasks: list[str]) -> TaskScale:
-    """L_task, c_fail and the normaliser of every task; ``longest`` is each task's longest episode in the shards."""
+    """L_task, c_fail, the normaliser and a takeover's cost for every task; ``longest`` is each task's longest episode in the shards."""
     for task, frames in value.max_length.items():
         if task not in tasks:
             raise UsageError(f"value.max_length: unknown task '{task}'; the shards hold {', '.join(map(repr, tasks))}")
@@ -56,7 +57,7 @@ def value_scale(value: ValueConfig, longest: dict[str, int], tasks: list[str]) -
     max_length = torch.tensor(lengths, dtype=torch.float64)
     failure_cost = max_length.clone() if value.c_fail is None else torch.full_like(max_length, value.c_fail)
     normaliser = max_length + failure_cost if value.normaliser == "max_length_plus_c_fail" else max_length.clone()
-    return TaskScale(max_length, failure_cost, normaliser)
+    return TaskScale(max_length, failure_cost, normaliser, value.takeover_penalty * max_length)
 
 
 def td_window(

@@ -7,7 +7,7 @@ import torch
 
 from recap_ds.algo.iql import td_target
 from recap_ds.algo.returns import ReturnRule, monte_carlo_return, td_window, value_scale
-from recap_ds.batch import OUTCOME_IDS
+from recap_ds.batch import CONTROL_IDS, OUTCOME_IDS
 from recap_ds.config import ValueConfig
 from recap_ds.errors import UsageError
 
@@ -165,6 +165,42 @@ def test_a_chunk_cut_by_a_takeover_bootstraps_at_the_takeover():
     torch.testing.assert_close(target, torch.tensor([-0.15 - 0.25 * 0.4, -0.1]))
 
 
+@pytest.mark.parametrize(("control", "charged"), [("policy", [0.0, 0.0, 6.0 / 4, 6.0 / 2, 6.0]), ("human", [0.0] * 5)])
+def test_only_a_window_of_the_policy_that_ends_in_a_takeover_is_charged_for_it(control, charged):
+    # Frames 0..4 of eight; control changes hands at frame 5. The charge is discounted to the window's first frame.
+    frames = torch.arange(5)
+    marks = {
+        "steps_to_end": 7 - frames,
+        "num_valid": 5 - frames,
+        "outcome": torch.full((5,), OUTCOME_IDS["success"]),
+        "td_horizon": 3,
+        "rule": ReturnRule("sparse_time", 0.5, "failure"),
+        "failure_cost": torch.full((5,), 8.0),
+        "normaliser": torch.full((5,), 2.0),
+    }
+    free = td_window(**marks)
+    paying = td_window(**marks, control=torch.full((5,), CONTROL_IDS[control]), takeover_cost=torch.full((5,), 12.0))
+    torch.testing.assert_close(free.chunk_reward - paying.chunk_reward, torch.tensor(charged))
+    for name in ("steps", "continues", "valid", "chunk_discount"):
+        assert torch.equal(getattr(free, name), getattr(paying, name))
+
+
+def test_a_policy_that_reaches_the_end_pays_for_no_takeover():
+    one = torch.ones(2)
+    paying = td_window(
+        torch.tensor([1, 1]),
+        torch.tensor([2, 2]),
+        td_horizon=5,
+        rule=ReturnRule("sparse_time", 1.0, "failure"),
+        failure_cost=one,
+        normaliser=one,
+        control=torch.full((2,), CONTROL_IDS["policy"]),
+        takeover_cost=100 * one,
+        outcome=torch.tensor([OUTCOME_IDS["success"], OUTCOME_IDS["unknown"]]),
+    )
+    assert paying.chunk_reward.tolist() == [-1.0, -1.0]
+
+
 def test_environment_rewards_are_summed_within_the_window_only():
     rewards = torch.tensor([[1.0, 2.0, 4.0, 9.0]] * 3)
     rewards[2, 1:] = math.nan  # padding past the end
@@ -173,6 +209,15 @@ def test_environment_rewards_are_summed_within_the_window_only():
     )
     assert window.chunk_reward.tolist() == [1.5, 1.0, 0.5]
     assert window.continues.tolist() == [0, 0, 0]
+
+
+def test_a_chunk_of_one_frame_is_the_one_step_target():
+    window = whole_episode(4, "failure", td_horizon=1, rule=ReturnRule("sparse_time", 0.9, "failure"), failure_cost=8.0)
+    next_value = torch.tensor([-3.0, -5.0, -7.0, math.inf])
+    target = td_target(
+        window.chunk_reward, window.chunk_discount, window.continues, next_value.clamp(max=0), clip=False
+    )
+    torch.testing.assert_close(target, torch.tensor([-1 - 0.9 * 3, -1 - 0.9 * 5, -1 - 0.9 * 7, -8.0]))
 
 
 @pytest.mark.parametrize("td_horizon", [1, 3, 50])
@@ -205,6 +250,8 @@ def test_value_scale_takes_the_longest_episode_and_its_overrides():
     assert scale.max_length.tolist() == [80, 500]
     assert scale.failure_cost.tolist() == [40, 40]
     assert scale.normaliser.tolist() == [120, 540]
+    assert scale.takeover_cost.tolist() == [0, 0]
+    assert value_scale(ValueConfig(takeover_penalty=0.25), longest, ["fold"]).takeover_cost.tolist() == [75]
 
 
 def test_value_scale_refuses_a_task_it_does_not_know():

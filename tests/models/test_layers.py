@@ -44,6 +44,12 @@ def test_position_features_have_the_periods_asked_for():
     torch.testing.assert_close(features, torch.tensor(expected), atol=1e-6, rtol=0)
 
 
+def test_position_features_are_openpis_at_half_time():
+    features = sincos_embedding(torch.tensor([0.5]), 8, min_period=4e-3, max_period=4.0)
+    expected = torch.tensor([[0.0, 0.0, 1.0, 0.7071, 1.0, -1.0, 0.0, 0.7071]])
+    torch.testing.assert_close(features, expected, atol=2e-4, rtol=0)
+
+
 def test_a_pool_ignores_masked_context():
     torch.manual_seed(0)
     pool = AttentionPool(context_width=6, width=8, num_heads=2)
