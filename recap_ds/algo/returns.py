@@ -47,7 +47,7 @@ class TdWindow(NamedTuple):
 
 
 def value_scale(value: ValueConfig, longest: dict[str, int], tasks: list[str]) -> TaskScale:
-    """L_task, c_fail, the normaliser and a takeover's cost for every task; ``longest`` is each task's longest episode in the shards."""
+    """The constants of every task; ``longest`` is each task's longest episode in the shards."""
     for task, frames in value.max_length.items():
         if task not in tasks:
             raise UsageError(f"value.max_length: unknown task '{task}'; the shards hold {', '.join(map(repr, tasks))}")
