@@ -30,7 +30,8 @@ ALLOWED = {
     "distributed": BASE,
     "checkpoint": BASE | {"distributed", "models", "processing"},
     "evaluate": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint"},
-    "label": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint"},
+    # It reads shards as evaluation does: as the critic was trained.
+    "label": BASE | {"algo", "processing", "models", "data", "distributed", "checkpoint", "evaluate"},
     "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate"},
     "cli": BASE
     | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"},

@@ -1,0 +1,97 @@
+"""What stands beside values and labels, as JSON: whose they are, how they were made, what they came to per task.
+
+The files themselves are ``labels.py``'s.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from recap_ds.config import LabelConfig, ValueConfig
+from recap_ds.errors import UsageError
+from recap_ds.files.atomic import sync_folder
+from recap_ds.files.records import FileRecord, read_checked_json, write_checked_json
+
+FORMAT_VERSION = 1
+VALUES_NAME, LABELS_NAME = "values.json", "labels.json"
+TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ValuesRecord(_Part):
+    """``values.json``: whose values these are. A job goes on under a tag only where all of it agrees."""
+
+    format_version: int = FORMAT_VERSION
+    checkpoint_hash: str
+    checkpoint_run: str | None
+    checkpoint_step: int | None
+    manifest_hash: str
+    precision: Literal["float32", "bfloat16"]
+    batch_size: int
+    # How the critic measures: rewards, and each task's longest episode L_task in frames.
+    value: ValueConfig
+    max_length: dict[str, int]
+
+
+class LabelSettings(_Part):
+    """What makes labels of values, beside the values."""
+
+    label: LabelConfig
+    positive_fraction: float
+    demos: Literal["positive", "labelled"]
+
+
+class TaskLabels(_Part):
+    """One task's counts. A sample is forced positive, or known, or neither: its advantage is not known."""
+
+    num_samples: int
+    num_forced: int
+    num_known: int  # not forced, with an advantage: those that were ranked
+    num_positive: int  # of num_known
+    forced_fraction: float
+    positive_fraction: float | None  # realised, of num_known
+    threshold: float | None  # the highest advantage that is not positive
+    sigma: float | None  # standard deviation of the known advantages
+
+
+class LabelRecord(_Part):
+    """``labels.json``."""
+
+    format_version: int = FORMAT_VERSION
+    values_tag: str
+    values: ValuesRecord
+    settings: LabelSettings
+    lookahead_frames: int | None  # None = to the end of the episode
+    tasks: dict[str, TaskLabels]
+    files: dict[str, FileRecord]
+
+
+Record = TypeVar("Record", ValuesRecord, LabelRecord)
+
+
+def load_record(kind: type[Record], path: Path) -> Record:
+    values: dict[str, Any] = read_checked_json(path, FORMAT_VERSION)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UsageError(f"{path}: '{place}' is not as this version writes it; run launch/label.py again") from None
+
+
+def save_record(record: ValuesRecord | LabelRecord, path: Path) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    write_checked_json(unfinished, record.model_dump(mode="json"))
+    unfinished.replace(path)
+    sync_folder(path.parent)
+
+
+def check_tag(tag: str, flag: str) -> str:
+    if not TAG.fullmatch(tag):
+        raise UsageError(f"{flag} {tag!r}: letters, digits, '.', '_' and '-' only, first a letter or digit")
+    return tag
