@@ -32,8 +32,8 @@ class ValueOutput(nn.Linear):
         return functional.linear(x.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
-class ValueHead(nn.Module):
-    """[prefix, vector] -> scalar: pool the prefix, join it with the vector, then a residual MLP."""
+class PooledTrunk(nn.Module):
+    """[prefix, vector] -> [B, width]: pool the prefix, join it with the vector, then a residual MLP."""
 
     def __init__(self, config: ModelConfig, prefix_width: int, vector_dim: int):
         super().__init__()
@@ -43,14 +43,24 @@ class ValueHead(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.qv_num_layers))
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(config.qv_num_layers))
         self.final_norm = nn.LayerNorm(width)
-        self.output = ValueOutput(width)
 
-    def forward(self, prefix: PrefixFeatures, vector: Tensor) -> Tensor:
+    def features(self, prefix: PrefixFeatures, vector: Tensor) -> Tensor:
         dtype = self.vector_in.weight.dtype
         x = self.pool(prefix.hidden, prefix.mask) + self.vector_in(vector.to(dtype))
         for norm, layer in zip(self.norms, self.layers, strict=True):
             x = x + layer(functional.gelu(norm(x)))
-        return self.output(self.final_norm(x))
+        return self.final_norm(x)
+
+
+class ValueHead(PooledTrunk):
+    """[prefix, vector] -> scalar [B] float32."""
+
+    def __init__(self, config: ModelConfig, prefix_width: int, vector_dim: int):
+        super().__init__(config, prefix_width, vector_dim)
+        self.output = ValueOutput(config.qv_hidden_size)
+
+    def forward(self, prefix: PrefixFeatures, vector: Tensor) -> Tensor:
+        return self.output(self.features(prefix, vector))
 
 
 class QNetworks(nn.Module):

@@ -1,4 +1,4 @@
-"""PiStarRECAPPolicy: VLM, action expert, critic and target critic in one container.
+"""PiStarRECAPPolicy: VLM, action expert, critic and target critic in one container, as far as its stage needs them.
 
 One ``forward`` gives the whole optimizer step, so that one engine, one forward and one backward serve it: every
 trainable parameter takes part in every step (ZeRO-3 would re-apply the stale gradient of one that does not), and under
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from recap_ds.algo.advantage import AdvantageScale
 from recap_ds.batch import Observation, TransitionBatch
-from recap_ds.config import PiStarRECAPConfig
+from recap_ds.config import ModelConfig, PiStarRECAPConfig
+from recap_ds.errors import UsageError
 from recap_ds.models.building import Builder
+from recap_ds.models.critic_stage import CriticParts, critic_evaluation, critic_step
 from recap_ds.models.critics import Critic, QNetworks
 from recap_ds.models.dit_cross import DiTCrossExpert
 from recap_ds.models.export_weights import load_export, load_state, save_export, save_state
@@ -31,10 +33,13 @@ from recap_ds.models.losses import (
     count_flow_elements,
     local_counts,
     normalizers,
+    value_mask,
     without_padding,
 )
 from recap_ds.models.pixels import to_pixels
+from recap_ds.models.policy_stage import PolicyParts, policy_evaluation, policy_step
 from recap_ds.models.sampling import AdvantageName, sample_actions
+from recap_ds.models.value_head import DistributionalCritic
 from recap_ds.models.vlm import VisionLanguageModel
 from recap_ds.processing.contract import RobotContract
 
@@ -53,21 +58,32 @@ class PiStarRECAPPolicy(nn.Module):
             # Again: how many numbers the VLM's construction drew differs between plain and sharded.
             torch.manual_seed(config.training.seed)
             with builder.context():
-                self.action_expert = DiTCrossExpert(model, self.vlm.width, config.max_state_dim, config.max_action_dim)
-                sizes = (model, self.vlm.width, config.max_state_dim, config.chunk_size, config.max_action_dim)
-                self.critic = Critic(*sizes)
-                # The Q networks' slow twin; under an engine distributed.shadows moves it.
-                self.target_critic = QNetworks(*sizes)
-        self.target_critic.requires_grad_(False)
-        builder.copy(self.critic.q, self.target_critic)
+                self._build_heads(model, self.vlm.width)
+        if "target_critic" in config.heads:
+            self.target_critic.requires_grad_(False)
+            builder.copy(self.critic.q, self.target_critic)
         if config.training.activation_checkpointing:
-            self.action_expert.activation_checkpointing = True
+            if "action_expert" in config.heads:
+                self.action_expert.activation_checkpointing = True
             if self.vlm.trainable:
                 self.vlm.enable_activation_checkpointing()
         # Set by from_pretrained: what the policy and a robot must agree on, and where its own tokenizer is.
         self.contract: RobotContract | None = None
         self.tokenizer_folder: Path | None = None
         self._queue: deque[Tensor] = deque()
+
+    def _build_heads(self, model: ModelConfig, width: int) -> None:
+        """``config.heads``, and no more: a head without a loss would be stepped by gradients that are not its own."""
+        config = self.config
+        action_dim, state_dim = config.max_action_dim, config.max_state_dim
+        if "action_expert" in config.heads:
+            self.action_expert = DiTCrossExpert(model, width, state_dim, action_dim)
+        if "target_critic" in config.heads:
+            self.critic = Critic(model, width, state_dim, config.chunk_size, action_dim)
+            # The Q networks' slow twin; under an engine distributed.shadows moves it.
+            self.target_critic = QNetworks(model, width, state_dim, config.chunk_size, action_dim)
+        elif "critic" in config.heads:
+            self.critic = DistributionalCritic(model, width, state_dim, config.value.num_bins)
 
     # -- one optimizer step -------------------------------------------------------------------------------------
 
@@ -81,15 +97,40 @@ class PiStarRECAPPolicy(nn.Module):
     ) -> TrainOutput | EvaluationOutput:
         """One micro-batch of the stage: its loss in mode train, held-out measures in mode evaluate.
 
-        ``scale``: per-task thresholds as of the step before; ``normalizers``: the whole step's valid counts.
+        ``scale``: per-task thresholds as of the step before, in stage policy those of the labels; ``normalizers``: the
+        whole step's valid counts.
         """
         batch = without_padding(batch)
-        parts = Parts(self.vlm, self.action_expert, self.critic, self.target_critic)
         if mode == "evaluate":
             with self._no_dropout():
-                return joint_evaluation(parts, self.config, batch)
-        augmented = self.training and self.config.data.augmentation == "shift_and_color"
-        return joint_step(parts, self.config, batch, scale, normalizers, warming_up, augmented)
+                return self._evaluate(batch)
+        config = self.config
+        augmented = self.training and config.data.augmentation == "shift_and_color"
+        match config.training.stage:
+            case "joint":
+                return joint_step(self._joint(), config, batch, scale, normalizers, warming_up, augmented)
+            case "critic":
+                return critic_step(self._critic(), config, batch, normalizers, augmented)
+            case "policy":
+                return policy_step(self._policy(), config, batch, scale.sigma, normalizers, augmented)
+
+    def _evaluate(self, batch: TransitionBatch) -> EvaluationOutput:
+        match self.config.training.stage:
+            case "joint":
+                return joint_evaluation(self._joint(), self.config, batch)
+            case "critic":
+                return critic_evaluation(self._critic(), self.config, batch)
+            case "policy":
+                return policy_evaluation(self._policy(), self.config, batch)
+
+    def _joint(self) -> Parts:
+        return Parts(self.vlm, self.action_expert, self.critic, self.target_critic)
+
+    def _critic(self) -> CriticParts:
+        return CriticParts(self.vlm, self.critic, self.target_critic if "target_critic" in self.config.heads else None)
+
+    def _policy(self) -> PolicyParts:
+        return PolicyParts(self.vlm, self.action_expert)
 
     @contextmanager
     def _no_dropout(self) -> Iterator[None]:
@@ -105,17 +146,17 @@ class PiStarRECAPPolicy(nn.Module):
 
     def parameter_groups(self) -> list[dict]:
         """Trainable parameters in the groups vlm, action_expert, critic, each with its own peak learning rate."""
-        training = self.config.training
+        training, decay = self.config.training, self.config.training.weight_decay
         rates = {
             "vlm": training.vlm_learning_rate,
             "action_expert": training.learning_rate,
             "critic": training.critic_learning_rate,
         }
         groups = []
-        for name, rate in rates.items():
+        for name in ("vlm", *(head for head in self.config.heads if head in rates)):
             parameters = [p for p in self.get_submodule(name).parameters() if p.requires_grad]
             if parameters:
-                groups.append({"name": name, "params": parameters, "lr": rate, "weight_decay": training.weight_decay})
+                groups.append({"name": name, "params": parameters, "lr": rates[name], "weight_decay": decay})
         return groups
 
     def configure_optimizers(self) -> torch.optim.AdamW:
@@ -125,26 +166,30 @@ class PiStarRECAPPolicy(nn.Module):
     def training_step(self, batch: TransitionBatch, scale: AdvantageScale | None = None) -> dict[str, Tensor]:
         """Losses of one batch on its own; call ``loss.backward()`` and, after each step, ``update_targets()``.
 
-        Without a ``scale`` (an AdvantageRing's) only forced-positive samples carry an indicator.
+        Without a ``scale`` (an AdvantageRing's) only forced-positive samples carry an indicator, and in stage policy
+        nothing is weighed by its advantage. What the stage has no loss for is not in the result.
         """
         if scale is None:
             num_tasks, device = int(batch.task.max()) + 1, batch.task.device
             infinite = torch.full((num_tasks,), torch.inf, device=device)
             scale = AdvantageScale(infinite, infinite, torch.zeros(num_tasks, dtype=torch.bool, device=device))
-        counts = local_counts(batch)
-        output = self(batch, "train", scale, normalizers(counts), warming_up=False)
-        flow, td = counts.clamp(min=1.0)
-        return {
-            "loss": output.loss,
-            "policy_loss": (output.policy_loss * count_flow_elements(batch)).sum() / flow,
-            "q_loss": output.q_loss.sum() / td,
-            "v_loss": output.v_loss.sum() / td,
-            "advantage": output.advantage,
+        counts = normalizers(local_counts(batch))
+        output = self(batch, "train", scale, counts, warming_up=False)
+        sums = {
+            "policy_loss": (output.policy_loss, count_flow_elements(batch), counts.flow),
+            "q_loss": (output.q_loss, 1.0, counts.td),
+            "v_loss": (output.v_loss, 1.0, value_mask(self.config, batch).sum().clamp(min=1)),
         }
+        means = {name: (loss * each).sum() / count for name, (loss, each, count) in sums.items() if loss is not None}
+        if output.advantage is not None:
+            means["advantage"] = output.advantage
+        return {"loss": output.loss, **means}
 
     @torch.no_grad()
     def update_targets(self) -> None:
-        """Polyak step of the target critic; under an engine ``distributed.shadows`` does this on shards."""
+        """Polyak step of the target critic, if there is one; under an engine ``distributed.shadows`` does this."""
+        if "target_critic" not in self.config.heads:
+            return
         online = self.critic.q.parameters()
         for target, source in zip(self.target_critic.parameters(), online, strict=True):
             target.lerp_(source, self.config.iql.target_update_rate)
@@ -164,6 +209,8 @@ class PiStarRECAPPolicy(nn.Module):
 
         A policy of ``policy_extraction: weighted`` was trained without indicators: it acts without one, always.
         """
+        if self.config.training.stage == "critic":
+            raise UsageError("a policy of stage critic judges and does not act; load one of stage policy or joint")
         if self.config.recap.policy_extraction == "weighted":
             advantage = None
         batch_size, device = observation.state.shape[0], observation.state.device

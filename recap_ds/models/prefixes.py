@@ -1,0 +1,32 @@
+"""Prefixes of one batch: which observations a stage encodes, and with whose images. All [B, ...]."""
+
+import torch
+from torch import Tensor
+
+from recap_ds.batch import Observation, TransitionBatch
+from recap_ds.models.vlm import PrefixFeatures, VisionLanguageModel
+
+
+def encode_both(
+    vlm: VisionLanguageModel, batch: TransitionBatch, pixels: Tensor, next_pixels: Tensor
+) -> tuple[PrefixFeatures, PrefixFeatures]:
+    """Prefix of o_t (with gradient where the VLM trains) and of o_{t+k} (never)."""
+    now, later = batch.observation, batch.next_observation
+    if vlm.trainable:
+        prefix = vlm(now, pixels)
+        with torch.no_grad():
+            return prefix, vlm(later, next_pixels)
+    both = Observation(*(torch.cat(pair) for pair in zip(now, later, strict=True)))
+    encoded = vlm(both, torch.cat([pixels, next_pixels]))
+    first, second = zip(*(part.chunk(2) for part in encoded), strict=True)
+    return PrefixFeatures(*first), PrefixFeatures(*second)
+
+
+def encode_shuffled(vlm: VisionLanguageModel, batch: TransitionBatch, pixels: Tensor) -> PrefixFeatures:
+    """Prefix of o_t with the images of the next row, everything else being its own."""
+    camera_mask = batch.observation.camera_mask.roll(1, dims=0)
+    return vlm(batch.observation._replace(camera_mask=camera_mask), pixels.roll(1, dims=0))
+
+
+def detached(prefix: PrefixFeatures) -> PrefixFeatures:
+    return PrefixFeatures(prefix.hidden.detach(), prefix.mask)
