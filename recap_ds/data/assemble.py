@@ -12,9 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recap_ds.algo.returns import ReturnRule, TaskScale, TdWindow, monte_carlo_return, td_window
+from recap_ds.algo.returns import (
+    ReturnRule,
+    TaskScale,
+    TdWindow,
+    monte_carlo_return,
+    takeovers_ahead,
+    td_window,
+)
 from recap_ds.batch import Observation, TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
+from recap_ds.data.labels import LabelSet
 from recap_ds.data.sample import SampleArrays, SampleDecoder, View
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.errors import UsageError
@@ -40,8 +48,10 @@ class Assembler:
         tokenizer: Tokenizer,
         normalizer: Normalizer,
         scale: TaskScale,
+        labels: LabelSet | None = None,
     ):
         self.shard_set = shard_set
+        self.labels = labels
         self._decoder = SampleDecoder(shard_set.manifest, config, normalizer)
         self._scale = scale
         self._rule = ReturnRule(config.value.reward, config.frame_discount, config.value.timeout_is)
@@ -53,7 +63,10 @@ class Assembler:
         self._tokens, self._token_mask = map(
             torch.from_numpy, encode_prompts(tokenizer, prompts, config.model.max_prompt_tokens)
         )
-        self._needs_next = self._find_next_observations()  # [N] bool
+        # [N] bool; a stage without TD reads no next observation, and may be given shards that have none.
+        none = np.zeros(shard_set.num_samples, bool)
+        self._needs_next = self._find_next_observations() if config.learns_by_td else none
+        self._takeovers_ahead = self._count_takeovers() if config.value.takeover_penalty > 0 else None  # [N]
 
     def read(self, sample: int) -> SampleArrays:
         """Raises DamagedSample."""
@@ -78,13 +91,18 @@ class Assembler:
         rewards = torch.from_numpy(np.stack([row.rewards for row in arrays]))
         window = self._td_window(samples, self._rule, rewards)
         td_valid = window.valid & valid
+        charge = None
+        if self._takeovers_ahead is not None:
+            charge = self._takeovers_ahead[torch.from_numpy(samples)] * self._scale.takeover_cost[task]
         mc_return, mc_valid = monte_carlo_return(
             steps_to_end,
             outcome,
             timeout_is=self._rule.timeout_is,
             failure_cost=self._scale.failure_cost[task],
             normaliser=self._scale.normaliser[task],
+            takeover_charge=charge,
         )
+        label_indicator, label_advantage = self._labels(samples)
         frames = torch.arange(self._chunk_size)
         return TransitionBatch(
             observation=self._observation([row.view for row in arrays], task),
@@ -100,8 +118,8 @@ class Assembler:
             mc_return=mc_return,
             # What the rest of the episode would have paid is not stored: only sparse rewards follow from its length.
             mc_valid=mc_valid & valid & (self._rule.reward == "sparse_time"),
-            label_indicator=torch.zeros(len(samples), dtype=torch.int64),
-            label_advantage=torch.zeros(len(samples)),
+            label_indicator=label_indicator,
+            label_advantage=label_advantage,
             task=task,
             source=self._column(table.source, samples),
             control=self._column(table.control, samples),
@@ -142,7 +160,20 @@ class Assembler:
             failure_cost=self._scale.failure_cost[task],
             normaliser=self._scale.normaliser[task],
             rewards=rewards,
+            control=self._column(table.control, samples),
+            takeover_cost=self._scale.takeover_cost[task],
         )
+
+    def _labels(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Indicator [B] int64 and advantage [B] float32; zeros where the run reads no labels."""
+        if self.labels is None:
+            return torch.zeros(len(samples), dtype=torch.int64), torch.zeros(len(samples))
+        return self._column(self.labels.indicator, samples), torch.from_numpy(self.labels.advantage[samples])
+
+    def _count_takeovers(self) -> Tensor:
+        table, everything = self.shard_set.table, np.arange(self.shard_set.num_samples)
+        columns = [self._column(values, everything) for values in (table.episode, table.frame, table.num_valid)]
+        return takeovers_ahead(*columns, self._steps_to_end(everything), self._column(table.control, everything))
 
     def _find_next_observations(self) -> np.ndarray:
         """[N] bool, True = the TD target reads the next observation; checks that the one stored is the one it means."""

@@ -166,6 +166,8 @@ def _check_windows(config: PiStarRECAPConfig, manifest: Manifest) -> None:
             f"chunk_size: {chunk} is more than the {width} frames of action stored per sample; lower it to {width} or "
             f"import the data again with --chunk-size {chunk}"
         )
+    if not config.learns_by_td:
+        return
     # Q reads chunk_size actions: a longer window would be judged by actions it is not shown.
     if horizon > chunk:
         raise UsageError(
@@ -179,6 +181,6 @@ def _check_windows(config: PiStarRECAPConfig, manifest: Manifest) -> None:
         )
     if not manifest.has_next:
         raise UsageError(
-            "training.stage: joint trains critics, and the shards hold no next observations; import them again "
-            "without --no-next"
+            f"training.stage: {config.training.stage} trains critics by TD, and the shards hold no next observations; "
+            "import them again without --no-next"
         )
