@@ -33,8 +33,10 @@ ALLOWED = {
     # It reads shards as evaluation does: as the critic was trained.
     "label": BASE | {"algo", "processing", "models", "data", "distributed", "checkpoint", "evaluate"},
     "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate"},
+    "iterate": BASE | {"models", "checkpoint", "train"},
     "cli": BASE
-    | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"},
+    | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"}
+    | {"iterate"},
 }
 # The only modules, by the start of their name, that may import these. Pickle has no home.
 HOMES = {

@@ -1,0 +1,106 @@
+"""RECAP's iterations (arXiv 2511.14759, Algorithm 1): critic, labels, policy, each a program of its own.
+
+A driver and nothing more: what a job does, how it resumes and what it refuses is the job's. It runs one job at a time
+in the foreground and stops at the first that fails; started again, it goes on with the first that is not done.
+"""
+
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from recap_ds.errors import RunFailed, UsageError
+from recap_ds.iterate.folder import IterationFolder, check_settings
+from recap_ds.iterate.recipe import IterationRecipe, TrainingJob
+
+TRAIN, LABEL = "train.py", "label.py"
+
+
+def iterate(
+    recipe: IterationRecipe, out: Path, launcher: str, programs: Path, num_iterations: int | None = None
+) -> list[Path]:
+    """Run iterations 1..``num_iterations`` (all shards named) to the end; returns the policies' run folders.
+
+    ``programs`` is the folder of the launch scripts, ``launcher`` what starts them, with its own arguments.
+    """
+    start = _launcher(launcher, programs)
+    num_iterations = len(recipe.shards) if num_iterations is None else num_iterations
+    if num_iterations > len(recipe.shards):
+        raise UsageError(
+            f"--iterations {num_iterations}: the recipe names {len(recipe.shards)} folder(s) of shards, one for each "
+            "iteration; over the same shards the next would only repeat the last"
+        )
+    check_settings(out, recipe)
+    return [_run_iteration(recipe, out, number, start, programs) for number in range(1, num_iterations + 1)]
+
+
+def _run_iteration(recipe: IterationRecipe, out: Path, number: int, start: list[str], programs: Path) -> Path:
+    folder, tag = IterationFolder(out, number), recipe.tag(number)
+    folder.start(recipe, number)
+    where = f"iteration {number}"
+
+    def train(name: str, job: TrainingJob, *own: str) -> dict:
+        if folder.summary(name) is None:
+            command = [*start, str(programs / TRAIN), "--deepspeed", recipe.deepspeed, "--config", job.recipe]
+            _run(f"{where}: {name}", [*command, *training_overrides(folder, name, job), *own])
+        else:
+            print(f"{where}: {name} is done", flush=True)
+        summary = folder.summary(name)
+        if summary is None:
+            raise RunFailed(f"{where}: {name} ended well but left no summary in {folder.path / name}")
+        return summary
+
+    critic = train("critic", recipe.critic)
+    if folder.labels_are_done():
+        print(f"{where}: labels are done", flush=True)
+    else:
+        command = [*start, str(programs / LABEL), "--checkpoint", str(folder.critic_checkpoint())]
+        _run(f"{where}: labels", [*command, "--shards", str(folder.shards), "--tag", tag, *recipe.label.settings])
+        folder.adopt_labels(tag)
+    policy = train("policy", recipe.policy, "recap.sft=false", f"data.labels={tag}")
+    folder.finish({"recipe": recipe.model_dump(mode="json"), "tag": tag, "critic": critic, "policy": policy})
+    return folder.path / "policy"
+
+
+def training_overrides(folder: IterationFolder, name: str, job: TrainingJob) -> list[str]:
+    """What the iteration says of a training job, over its recipe and settings."""
+    start_from = folder.start_of(name, job)
+    return [
+        *job.settings,
+        f"name={name}",
+        f"runs_dir={folder.path}",
+        f"data.shards={folder.shards}",
+        f"training.stage={name}",
+        f"training.start_from={start_from or 'null'}",
+        "training.resume=auto",
+    ]
+
+
+def _launcher(launcher: str, programs: Path) -> list[str]:
+    words = shlex.split(launcher)
+    if not words or shutil.which(words[0]) is None:
+        raise UsageError(f"--launcher '{launcher}': there is no program '{words[0] if words else ''}' on the PATH")
+    for name in (TRAIN, LABEL):
+        if not (programs / name).is_file():
+            raise UsageError(f"--programs {programs}: has no {name}; name the launch/ folder of the repository")
+    return words
+
+
+def _run(what: str, command: Sequence[str]) -> None:
+    """One job to its end; it reads and writes our terminal. RunFailed where it fails or is stopped."""
+    print(f"{what}: {shlex.join(command)}", flush=True)
+    process = subprocess.Popen(command)
+    # A scheduler's warning is for the job, which saves and ends; then so do we.
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+    try:
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        if process.poll() is None:  # Ctrl-C reached us both; do not leave before it
+            process.terminate()
+            process.wait()
+    if code != 0:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise RunFailed(f"{what} {how}; what is done stays done, the same command goes on from there")

@@ -1,0 +1,138 @@
+"""What an iteration recipe says: which jobs, from which pre-trained checkpoints, over which shards.
+
+    name: mw
+    shards: [data/round_1, data/round_2]     # one folder per iteration, each with all data so far
+    critic: {recipe: launch/recipes/metaworld_critic.yaml, start_from: runs/v_pre}
+    label: {settings: [label.lookahead=50]}
+    policy: {recipe: launch/recipes/metaworld_policy.yaml, start_from: runs/pi_pre}
+
+Every iteration restarts from the same pre-trained checkpoints, never from the last iteration's (RECAP, arXiv
+2511.14759, section V-D: what was learned stays in the data, and drift does not add up). Paths are as seen from where
+the command runs.
+"""
+
+import difflib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from recap_ds.checkpoint.layout import resolve_checkpoint
+from recap_ds.config import LabelConfig, PiStarRECAPConfig
+from recap_ds.errors import UsageError
+from recap_ds.models.export_format import EXPORT_NAME
+from recap_ds.recipe import load_config, read_recipe
+
+# What the iteration itself decides; a recipe's own values of these are replaced.
+OWN_KEYS = (
+    "name",
+    "runs_dir",
+    "data.shards",
+    "data.labels",
+    "training.stage",
+    "training.start_from",
+    "training.resume",
+)
+# Stands for the tag of labels that do not exist yet, where a config is checked before its iteration.
+LABELS_TO_COME = "to-come"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainingJob(_Part):
+    recipe: str
+    # An export, a run or one of its checkpoints; None starts from the recipe's VLM alone.
+    start_from: str | None = None
+    # section.key=value, over the recipe's.
+    settings: tuple[str, ...] = ()
+
+    def config(self, *own: str) -> PiStarRECAPConfig:
+        """As the job will read it; ``own`` are the iteration's overrides."""
+        return load_config(self.recipe, [*self.settings, *own])
+
+    def start(self) -> Path | None:
+        """The export or step folder to start from, whatever ``latest`` becomes later."""
+        if self.start_from is None:
+            return None
+        path = Path(self.start_from)
+        return path.resolve() if (path / EXPORT_NAME).is_file() else resolve_checkpoint(path)
+
+
+class LabelJob(_Part):
+    settings: tuple[str, ...] = ()
+
+
+class IterationRecipe(_Part):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    shards: tuple[str, ...] = Field(min_length=1)
+    deepspeed: str = "ds_configs/zero3.json"
+    critic: TrainingJob
+    label: LabelJob = LabelJob()
+    policy: TrainingJob
+
+    def critic_config(self) -> PiStarRECAPConfig:
+        return self.critic.config("training.stage=critic")
+
+    def label_config(self) -> LabelConfig:
+        return load_config(None, self.label.settings).label
+
+    def policy_config(self) -> PiStarRECAPConfig:
+        labels = f"data.labels={LABELS_TO_COME}"
+        return self.policy.config("training.stage=policy", "recap.sft=false", labels)
+
+    def tag(self, number: int) -> str:
+        """Of the labels of an iteration."""
+        return f"{self.name}-{number:02d}"
+
+
+def load_iteration_recipe(path: str | Path) -> IterationRecipe:
+    """UsageError, in one line, for everything in it that a later job would trip over."""
+    try:
+        recipe = IterationRecipe(**read_recipe(path))
+    except ValidationError as error:
+        raise UsageError(f"--config {path}: {_explain(error)}") from None
+    for name, job in (("critic", recipe.critic), ("label", recipe.label), ("policy", recipe.policy)):
+        for text in job.settings:
+            if text.partition("=")[0] in OWN_KEYS:
+                raise UsageError(
+                    f"--config {path}: {name}.settings: leave out '{text}', the iteration says that itself"
+                )
+    for shards in recipe.shards:
+        if not (Path(shards) / "manifest.json").is_file():
+            raise UsageError(f"--config {path}: shards: {shards} has no manifest.json; name folders of shards")
+    if not Path(recipe.deepspeed).is_file():
+        raise UsageError(f"--config {path}: deepspeed: there is no file {recipe.deepspeed}")
+    _check_jobs(path, recipe)
+    return recipe
+
+
+def _check_jobs(path: str | Path, recipe: IterationRecipe) -> None:
+    checks = {
+        "critic": lambda: (recipe.critic_config(), recipe.critic.start()),
+        "label": lambda: _check_source(recipe),
+        "policy": lambda: (recipe.policy_config(), recipe.policy.start()),
+    }
+    for name, check in checks.items():
+        try:
+            check()
+        except UsageError as error:
+            raise UsageError(f"--config {path}: {name}: {error}") from None
+
+
+def _check_source(recipe: IterationRecipe) -> None:
+    source, critic = recipe.label_config().source, recipe.critic_config().value.critic
+    if (source == "distributional") != (critic == "distributional"):
+        raise UsageError(f"label.source={source} is not to be had from a critic with value.critic={critic}")
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"'{place}' is missing; see recap_ds/iterate/recipe.py for an example"
+    if first["type"] == "extra_forbidden":
+        known = [*IterationRecipe.model_fields, *TrainingJob.model_fields]
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        return f"unknown key '{place}'{f'; did you mean {near[0]!r}?' if near else ''}"
+    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

@@ -1,0 +1,60 @@
+"""Stands where ``deepspeed`` would: notes the command it got and leaves behind what the program would have.
+
+    python fake_launcher.py JOURNAL PROGRAM ARGUMENTS...
+
+``JOURNAL.fail`` names a job (critic, label, policy); the fake fails at it once, after half its work.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def overrides_of(arguments):
+    return dict(text.split("=", 1) for text in arguments if "=" in text)
+
+
+def flag(arguments, name):
+    return arguments[arguments.index(name) + 1]
+
+
+def fails(journal, job):
+    order = Path(f"{journal}.fail")
+    if order.is_file() and order.read_text() == job:
+        order.unlink()
+        return True
+    return False
+
+
+def train(journal, arguments):
+    settings = overrides_of(arguments)
+    run = Path(settings["runs_dir"]) / settings["name"]
+    checkpoint = run / "checkpoints" / "step_00000007"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    if fails(journal, settings["name"]):
+        return 1
+    (run / "checkpoints" / "best").unlink(missing_ok=True)
+    (run / "checkpoints" / "best").symlink_to("step_00000007")
+    (run / "summary.json").write_text(json.dumps({"step": 7, "run": str(run)}))
+    return 0
+
+
+def label(journal, arguments):
+    assert Path(flag(arguments, "--checkpoint")).is_dir(), "labels come from a checkpoint that is there"
+    folder = Path(flag(arguments, "--shards")) / "labels" / flag(arguments, "--tag")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "demo-000000.parquet").touch()
+    if fails(journal, "label"):
+        return 1
+    (folder / "labels.json").write_text("{}")
+    return 0
+
+
+def main(journal, program, *arguments):
+    with open(journal, "a", encoding="utf-8") as file:
+        file.write(json.dumps([Path(program).name, *arguments]) + "\n")
+    return {"train.py": train, "label.py": label}[Path(program).name](journal, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,243 @@
+"""Iterations driven through a fake launcher: the order of jobs, what each is told, and going on after any failure."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recap_ds.cli.main import main
+from recap_ds.iterate.recipe import load_iteration_recipe
+
+REPOSITORY = Path(__file__).parents[2]
+FAKE = Path(__file__).with_name("fake_launcher.py")
+JOBS = ("critic", "label", "policy")
+
+
+class Desk:
+    """A working folder with two rounds of shards, recipes, pre-trained runs and a fake launcher."""
+
+    def __init__(self, folder):
+        self.folder, self.journal = folder, folder / "journal"
+        self.recipe = folder / "iterations.yaml"
+        self.values = {
+            "name": "mw",
+            "shards": ["data/one", "data/two"],
+            "critic": {"recipe": "critic.yaml", "start_from": "runs/v_pre"},
+            "label": {"settings": ["label.lookahead=20"]},
+            "policy": {"recipe": "policy.yaml", "start_from": "runs/pi_pre", "settings": ["training.seed=3"]},
+        }
+        for name in ("critic", "policy"):
+            shutil.copy(REPOSITORY / "launch" / "recipes" / f"metaworld_{name}.yaml", folder / f"{name}.yaml")
+        shutil.copytree(REPOSITORY / "ds_configs", folder / "ds_configs")
+        for program in ("train.py", "label.py"):
+            (folder / "launch").mkdir(exist_ok=True)
+            (folder / "launch" / program).touch()
+        for shards in self.values["shards"]:
+            (folder / shards).mkdir(parents=True)
+            (folder / shards / "manifest.json").write_text("{}")
+        for run in ("v_pre", "pi_pre"):
+            self.add_checkpoint(run, 100)
+
+    def add_checkpoint(self, run, step):
+        checkpoints = self.folder / "runs" / run / "checkpoints"
+        (checkpoints / f"step_{step:08d}").mkdir(parents=True)
+        (checkpoints / "latest").unlink(missing_ok=True)
+        (checkpoints / "latest").symlink_to(f"step_{step:08d}")
+
+    def iterate(self, *arguments):
+        self.recipe.write_text(yaml.safe_dump(self.values))
+        launcher = f"{sys.executable} {FAKE} {self.journal}"
+        return main(["iterate", "--config", str(self.recipe), "--launcher", launcher, *arguments])
+
+    def commands(self):
+        """What was started since the last look."""
+        lines = self.journal.read_text().splitlines() if self.journal.is_file() else []
+        self.journal.unlink(missing_ok=True)
+        return [json.loads(line) for line in lines]
+
+    def jobs(self):
+        return [job_of(command) for command in self.commands()]
+
+
+def job_of(command):
+    if command[0] == "label.py":
+        return f"label {command[command.index('--tag') + 1]}"
+    settings = settings_of(command)
+    return f"{settings['name']} {Path(settings['runs_dir']).name}"
+
+
+def settings_of(command):
+    return dict(text.split("=", 1) for text in command if "=" in text)
+
+
+ALL_JOBS = [
+    "critic iteration_01",
+    "label mw-01",
+    "policy iteration_01",
+    "critic iteration_02",
+    "label mw-02",
+    "policy iteration_02",
+]
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Desk(tmp_path)
+
+
+def one_line(capsys):
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_every_iteration_trains_a_critic_labels_and_trains_a_policy(desk, capsys):
+    assert desk.iterate() == 0
+    commands = desk.commands()
+    assert [job_of(command) for command in commands] == ALL_JOBS
+    critic, label, policy = commands[3:]
+    assert critic[:5] == ["train.py", "--deepspeed", "ds_configs/zero3.json", "--config", "critic.yaml"]
+    folder = Path("iterations/mw/iteration_02")
+    assert settings_of(critic) == {
+        "name": "critic",
+        "runs_dir": str(folder),
+        "data.shards": str(folder / "shards"),
+        "training.stage": "critic",
+        "training.start_from": str(desk.folder / "runs/v_pre/checkpoints/step_00000100"),
+        "training.resume": "auto",
+    }
+    assert label[1:] == [
+        *("--checkpoint", str(folder / "critic/checkpoints/best"), "--shards", str(folder / "shards")),
+        *("--tag", "mw-02", "label.lookahead=20"),
+    ]
+    said = settings_of(policy)
+    assert (said["data.labels"], said["training.stage"], said["training.seed"]) == ("mw-02", "policy", "3")
+    # Not the policy of iteration 1.
+    assert said["training.start_from"] == str(desk.folder / "runs/pi_pre/checkpoints/step_00000100")
+    assert f"recap-ds consolidate {folder / 'policy'} exports/mw" in capsys.readouterr().out
+
+
+def test_an_iterations_folder_links_to_what_it_used_and_can_move_with_it(desk):
+    assert desk.iterate("--iterations", "1") == 0
+    folder = Path("iterations/mw/iteration_01")
+    links = {path.name: os.readlink(path) for path in folder.iterdir() if path.is_symlink()}
+    assert links == {
+        "shards": "../../../data/one",
+        "critic_start": "../../../runs/v_pre/checkpoints/step_00000100",
+        "policy_start": "../../../runs/pi_pre/checkpoints/step_00000100",
+        "labels": "../../../data/one/labels/mw-01",
+    }
+    assert all((folder / name).exists() for name in links)
+    record = json.loads((folder / "iteration.json").read_text())
+    assert (record["tag"], record["critic"]["step"], record["policy"]["run"]) == ("mw-01", 7, str(folder / "policy"))
+
+
+@pytest.mark.parametrize("failing", JOBS)
+def test_an_iteration_goes_on_with_the_job_that_failed(desk, failing, capsys):
+    Path(f"{desk.journal}.fail").write_text(failing)
+    assert desk.iterate() == 1
+    assert "exit code 1" in one_line(capsys) and JOBS.index(failing) + 1 == len(desk.commands())
+    assert desk.iterate() == 0
+    assert desk.jobs() == ALL_JOBS[JOBS.index(failing) :]
+    assert desk.iterate() == 0
+    assert desk.jobs() == [], "all is done"
+
+
+def test_a_later_round_of_shards_is_one_more_iteration(desk):
+    desk.values["shards"] = ["data/one"]
+    assert desk.iterate() == 0
+    desk.values["shards"] = ["data/one", "data/two"]
+    # Meanwhile pre-training went on: iteration 1 stays with what it began at, iteration 2 takes what is named now.
+    desk.add_checkpoint("v_pre", 200)
+    desk.commands()
+    assert desk.iterate() == 0
+    (critic, *_) = commands = desk.commands()
+    assert [job_of(command) for command in commands] == ALL_JOBS[3:]
+    assert settings_of(critic)["training.start_from"].endswith("v_pre/checkpoints/step_00000200")
+    assert os.readlink("iterations/mw/iteration_01/critic_start").endswith("step_00000100")
+
+
+def test_without_a_start_the_recipe_decides(desk):
+    del desk.values["critic"]["start_from"]
+    assert desk.iterate("--iterations", "1", "--out", "elsewhere") == 0
+    assert settings_of(desk.commands()[0])["training.start_from"] == "null"
+    assert not Path("elsewhere/iteration_01/critic_start").is_symlink()
+
+
+def test_other_settings_need_another_folder(desk, capsys):
+    assert desk.iterate("--iterations", "1") == 0
+    desk.values["policy"]["settings"] = ["training.seed=4", "logging.every_steps=5", "data.num_workers=0"]
+    desk.values["label"]["settings"] = ["label.lookahead=30"]
+    desk.values["critic"]["start_from"] = "runs/pi_pre"
+    assert desk.iterate() == 2
+    assert one_line(capsys) == (
+        "error: iterations/mw holds iterations with other settings: critic_start, label, policy.training.seed; "
+        "choose another --out"
+    )
+    assert desk.iterate("--iterations", "1", "--out", "other") == 0
+
+
+def test_a_folder_of_shards_that_changed_its_place_is_refused(desk, capsys):
+    assert desk.iterate("--iterations", "1") == 0
+    desk.values["shards"] = ["data/two"]
+    assert desk.iterate() == 2
+    assert "iteration_01/shards points at ../../../data/one" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"shards": ["data/three"]}, "shards: data/three has no manifest.json"),
+        ({"shards": []}, "shards: "),
+        ({"name": "a b"}, "name: "),
+        ({"critics": {}}, "unknown key 'critics'; did you mean 'critic'?"),
+        ({"deepspeed": "none.json"}, "deepspeed: there is no file none.json"),
+        ({"critic": {"recipe": "none.yaml"}}, "critic: --config none.yaml: cannot be read"),
+        ({"critic": {"recipe": "critic.yaml", "settings": ["training.lr=1"]}}, "critic: the command line: unknown key"),
+        ({"critic": {"recipe": "critic.yaml", "settings": ["name=x"]}}, "critic.settings: leave out 'name=x'"),
+        ({"critic": {"recipe": "critic.yaml", "start_from": "runs/none"}}, "critic: CHECKPOINT runs/none: there is no"),
+        ({"policy": {"recipe": "critic.yaml"}}, "policy: "),
+        ({"policy": {}}, "'policy.recipe' is missing"),
+        ({"label": {"settings": ["label.lookahed=5"]}}, "did you mean 'label.lookahead'?"),
+        ({"label": {"settings": ["label.source=iql"]}}, "label: label.source=iql is not to be had"),
+    ],
+)
+def test_a_wrong_recipe_ends_in_one_line_before_anything_runs(desk, change, said, capsys):
+    desk.values |= change
+    assert desk.iterate() == 2
+    assert said in one_line(capsys)
+    assert desk.jobs() == []
+    assert not Path("iterations").exists()
+
+
+def test_wrong_flags_end_in_one_line(desk, capsys):
+    assert desk.iterate("--iterations", "3") == 2
+    assert "--iterations 3: the recipe names 2 folder(s)" in one_line(capsys)
+    for flags, said in (
+        (["--iterations", "0"], "'0' is not a whole number"),
+        (["--programs", "nowhere"], "nowhere: has no train.py"),
+        (["--launcher", "no-such-launcher -x"], "there is no program 'no-such-launcher'"),
+        (["--launcher", ""], "there is no program ''"),
+    ):
+        assert desk.iterate(*flags) == 2
+        assert said in one_line(capsys)
+    assert desk.jobs() == []
+
+
+def test_the_shipped_recipe_holds_together(monkeypatch, tmp_path):
+    path = REPOSITORY / "launch" / "recipes" / "iterations" / "metaworld.yaml"
+    (shards,) = yaml.safe_load(path.read_text())["shards"]
+    for name in ("launch", "ds_configs"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / shards).mkdir(parents=True)
+    (tmp_path / shards / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    recipe = load_iteration_recipe(path)
+    critic, policy = recipe.critic_config(), recipe.policy_config()
+    assert (critic.training.stage, policy.training.stage) == ("critic", "policy")
+    for key in ("max_action_dim", "max_state_dim", "chunk_size"):
+        assert getattr(critic, key) == getattr(policy, key)
