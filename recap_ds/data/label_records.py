@@ -16,6 +16,7 @@ from recap_ds.files.records import FileRecord, read_checked_json, write_checked_
 
 FORMAT_VERSION = 1
 VALUES_NAME, LABELS_NAME = "values.json", "labels.json"
+PrecisionName = Literal["float32", "bfloat16"]
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -31,7 +32,7 @@ class ValuesRecord(_Part):
     checkpoint_run: str | None
     checkpoint_step: int | None
     manifest_hash: str
-    precision: Literal["float32", "bfloat16"]
+    precision: PrecisionName
     batch_size: int
     # How the critic measures: rewards, and each task's longest episode L_task in frames.
     value: ValueConfig

@@ -172,7 +172,7 @@ def load_label_record(shards: str | Path, tag: str) -> LabelRecord | None:
     return load_record(LabelRecord, path) if path.is_file() else None
 
 
-def read_labels(shard_set: ShardSet, tag: str) -> tuple[LabelRecord, LabelColumns]:
+def read_label_record(shard_set: ShardSet, tag: str) -> LabelRecord:
     """UsageError for an unknown tag, other shards, and files that are missing or were changed."""
     folder = labels_folder(shard_set.folder, tag)
     record = load_label_record(shard_set.folder, tag)
@@ -181,6 +181,12 @@ def read_labels(shard_set: ShardSet, tag: str) -> tuple[LabelRecord, LabelColumn
     _check_manifest(shard_set, folder, record.values.manifest_hash)
     if problems := file_problems(folder, record.files):
         raise UsageError(f"{folder}: {problems[0]}; remove {LABELS_NAME} there and run launch/label.py again")
+    return record
+
+
+def read_labels(shard_set: ShardSet, tag: str) -> tuple[LabelRecord, LabelColumns]:
+    """Every sample's labels; UsageError as ``read_label_record``."""
+    record, folder = read_label_record(shard_set, tag), labels_folder(shard_set.folder, tag)
     table = _read_all(shard_set, folder, ["value", "return", "advantage", "indicator"])
     indicator = table["indicator"].combine_chunks().dictionary_encode()
     ids = np.array([INDICATOR_IDS[name] for name in indicator.dictionary.to_pylist()], np.int64)

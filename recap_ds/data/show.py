@@ -86,7 +86,7 @@ def _sources(manifest: Manifest) -> str:
         )
         for source, counts in manifest.counts.items()
     ]
-    return _table(header, rows)
+    return text_table(header, rows)
 
 
 def _tasks(manifest: Manifest, indices: list[ShardIndex]) -> str:
@@ -99,7 +99,7 @@ def _tasks(manifest: Manifest, indices: list[ShardIndex]) -> str:
         (name, task.prompt, task.episodes, task.longest, *samples[name].values())
         for name, task in manifest.tasks.items()
     ]
-    return _table(header, rows)
+    return text_table(header, rows)
 
 
 def _statistics(manifest: Manifest) -> str:
@@ -110,13 +110,13 @@ def _statistics(manifest: Manifest) -> str:
         for dim in range(stats.num_dims):
             columns = (stats.mean, stats.std, stats.min, stats.q01, stats.q99, stats.max)
             rows.append((feature, dim, *(f"{column[dim]:.4g}" for column in columns)))
-    return _table(header, rows)
+    return text_table(header, rows)
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+def text_table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    """Columns of words to the left, of numbers to the right."""
     cells = [header, *(tuple(map(str, row)) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    # Numbers line up on the right, names on the left.
     numeric = [all(row[i].lstrip("-")[:1].isdigit() for row in cells[1:]) for i in range(len(header))]
     lines = (
         "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(*row, strict=True))
