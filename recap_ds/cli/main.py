@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from recap_ds import __version__
-from recap_ds.cli import consolidate, iterate, shards
+from recap_ds.cli import consolidate, iterate, labels, shards
 from recap_ds.cli.errors import Parser, run_program
 
 
@@ -13,6 +13,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"recap-ds {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
     shards.add_parser(verbs)
+    labels.add_parser(verbs)
     consolidate.add_parser(verbs)
     iterate.add_parser(verbs)
     return parser
