@@ -133,6 +133,9 @@ class RecapConfig(Section):
 class TrainingConfig(Section):
     # joint: policy and IQL critics at once. critic, then labels (launch/label.py), then policy: RECAP's own order.
     stage: Literal["joint", "critic", "policy"] = "joint"
+    # An export, a run or one of its checkpoints whose weights this run begins with: its VLM, and every head that both
+    # have. None begins with the VLM of model.vlm_model_name.
+    start_from: str | None = None
     # Micro-batch of one rank. Global batch = batch_size x gradient_accumulation_steps x world size.
     batch_size: int = Field(32, ge=1)
     gradient_accumulation_steps: int | None = Field(None, ge=1)

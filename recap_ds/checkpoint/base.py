@@ -39,35 +39,41 @@ def base_folder(run: Path) -> str | None:
     return str(run / layout.BASE_NAME) if BaseRecord.load(run).weights == "run" else None
 
 
-def ensure_base(run: Path, policy: PiStarRECAPPolicy, config: PiStarRECAPConfig, runtime: Runtime) -> None:
-    """Write the base of a new run; check that of one that goes on. Collective: every rank must call."""
+def ensure_base(
+    run: Path, policy: PiStarRECAPPolicy, config: PiStarRECAPConfig, runtime: Runtime, source: Path | None = None
+) -> None:
+    """Write the base of a new run; check that of one that goes on.
+
+    ``source`` is the folder that the VLM was read from, where it is not ``config.model``'s. Collective: every rank must
+    call.
+    """
     if on_main(runtime, lambda: (run / layout.BASE_RECORD_NAME).is_file()):
-        on_main(runtime, lambda: _check(run, config))
+        on_main(runtime, lambda: _check(run, config, source))
         return
     folder = run / layout.BASE_NAME
     unfinished = run / f".{layout.BASE_NAME}.unfinished"
-    on_main(runtime, lambda: _start(unfinished, policy, config))
+    on_main(runtime, lambda: _start(unfinished, policy, config, source))
     files: dict[str, FileRecord] = {}
     if config.model.freeze_vlm and policy.vlm.random_init:
         files[VLM_WEIGHTS_NAME] = _write_weights(unfinished / VLM_WEIGHTS_NAME, policy, runtime)
-    on_main(runtime, lambda: _finish(run, unfinished, folder, files, policy, config))
+    on_main(runtime, lambda: _finish(run, unfinished, folder, files, config, source))
 
 
-def _check(run: Path, config: PiStarRECAPConfig) -> None:
+def _check(run: Path, config: PiStarRECAPConfig, source: Path | None) -> None:
     record = BaseRecord.load(run)
     if record.weights == "run":
         record.check(run / layout.BASE_NAME)
     elif record.weights == "files":
-        record.check(locate_vlm(config.model))
+        record.check(source or locate_vlm(config.model))
 
 
-def _start(unfinished: Path, policy: PiStarRECAPPolicy, config: PiStarRECAPConfig) -> None:
+def _start(unfinished: Path, policy: PiStarRECAPPolicy, config: PiStarRECAPConfig, source: Path | None) -> None:
     if unfinished.exists():
         shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
     vlm_config = vlm_config_json(policy.vlm.paligemma.config)
     write_text(unfinished / VLM_CONFIG_NAME, json.dumps(vlm_config, indent=2, sort_keys=True) + "\n")
-    source = locate_vlm(config.model)
+    source = source or locate_vlm(config.model)
     for path in tokenizer_files(source) if source else ():
         shutil.copyfile(path, unfinished / path.name)
 
@@ -102,8 +108,8 @@ def _finish(
     unfinished: Path,
     folder: Path,
     files: dict[str, FileRecord],
-    policy: PiStarRECAPPolicy,
     config: PiStarRECAPConfig,
+    source: Path | None,
 ) -> None:
     sync_folder(unfinished)
     if folder.exists():  # of a start that was cut off before base.json
@@ -112,7 +118,7 @@ def _finish(
     if files:
         record = BaseRecord(weights="run", files=files)
     elif config.model.freeze_vlm:
-        source = locate_vlm(config.model)
+        source = source or locate_vlm(config.model)
         paths = weight_files(source)
         names = [path.name for path in paths]
         records = dict(zip(names, record_files(paths), strict=True))

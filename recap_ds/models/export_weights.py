@@ -91,12 +91,12 @@ def load_export(policy_class: Callable[..., Policy], export: str | Path, overrid
     policy.tokenizer_folder = folder / TOKENIZER_NAME if (folder / TOKENIZER_NAME).is_dir() else None
     for head in HEADS:
         if head in record.heads:
-            _fill(policy.get_submodule(head), folder / head_file(head))
+            fill_from_file(policy.get_submodule(head), folder / head_file(head), Builder())
         else:
             assert head in CRITICS, f"{folder} has no {head}"
             delattr(policy, head)
     if record.adapter == "separate":
-        _fill_adapter(policy.vlm.paligemma, folder / ADAPTER_NAME / ADAPTER_WEIGHTS_NAME)
+        fill_adapter(policy.vlm.paligemma, folder, Builder())
     return policy.eval()
 
 
@@ -114,24 +114,28 @@ def locate_export(export: str | Path) -> Path:
         raise UsageError(f"{export}: is no folder and not to be had from the hub ({reason})") from None
 
 
-def _fill(module: nn.Module, file: Path) -> None:
+def fill_from_file(module: nn.Module, file: Path, builder: Builder) -> None:
+    """Every parameter of ``module`` from a safetensors file with exactly those tensors."""
     try:
-        fill(module, _tensors(file), Builder())
+        fill(module, _tensors(file), builder)
     except UsageError:
         raise
     except ValueError as error:
         raise UsageError(f"{file}: does not fit the model of {CONFIG_NAME}: {error}") from None
 
 
-def _fill_adapter(paligemma: nn.Module, file: Path) -> None:
+def fill_adapter(paligemma: nn.Module, export: Path, builder: Builder) -> None:
+    """The adapter's matrices from the export's."""
+    file = export / ADAPTER_NAME / ADAPTER_WEIGHTS_NAME
     params = {peft_name(name): param for name, param in paligemma.named_parameters() if is_adapter(name)}
     stored = dict(_tensors(file))  # small, unlike the rest
     for name in sorted(params.keys() ^ stored.keys()):
         raise UsageError(f"{file}: {'lacks' if name in params else 'has no use for'} '{name}'")
     for name, param in params.items():
-        if param.shape != stored[name].shape:
-            raise UsageError(f"{file}: '{name}' is {tuple(stored[name].shape)}, the model needs {tuple(param.shape)}")
-        Builder().write(param, stored[name])
+        wanted = tuple(builder.full_shape(param))
+        if wanted != tuple(stored[name].shape):
+            raise UsageError(f"{file}: '{name}' is {tuple(stored[name].shape)}, the model needs {wanted}")
+        builder.write(param, stored[name])
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -191,5 +195,5 @@ def load_state(policy: nn.Module, path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read ({error})") from None
     if header.get("recap_ds") != STATE_FORMAT:
         raise UsageError(f"{path}: was not written by save_checkpoint; use from_pretrained for an export")
-    _fill(policy, path)
+    fill_from_file(policy, path, Builder())
     return json.loads(header["metadata"])

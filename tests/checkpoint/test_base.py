@@ -60,6 +60,18 @@ def test_a_vlm_from_files_is_remembered_and_may_move(runtime, tmp_path, source):
         ensure_base(run, policy, elsewhere, runtime)
 
 
+def test_a_vlm_from_another_source_than_the_settings_is_the_base(runtime, tmp_path, source):
+    config = make_config("lora")
+    run = tmp_path / "run"
+    policy = PiStarRECAPPolicy(config, vlm_folder=str(source))
+    ensure_base(run, policy, config, runtime, source)
+    assert base_folder(run) is None and frozen_weights(run, config.model) == source
+    ensure_base(run, policy, config, runtime, source)
+    change(source / "model.safetensors")
+    with pytest.raises(UsageError, match="was started from other weights"):
+        ensure_base(run, policy, config, runtime, source)
+
+
 def test_a_trained_vlm_has_no_base_but_an_architecture(runtime, tmp_path):
     config = make_config("full")
     ensure_base(tmp_path, PiStarRECAPPolicy(config), config, runtime)
