@@ -33,7 +33,7 @@ ALLOWED = {
     # It reads shards as evaluation does: as the critic was trained.
     "label": BASE | {"algo", "processing", "models", "data", "distributed", "checkpoint", "evaluate"},
     "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate"},
-    "iterate": BASE | {"models", "checkpoint", "train"},
+    "iterate": BASE | {"models", "data", "checkpoint", "label", "train"},
     "cli": BASE
     | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"}
     | {"iterate"},

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from recap_ds.checkpoint.layout import BEST, CHECKPOINTS_NAME, LATEST, linked_step
 from recap_ds.config import PiStarRECAPConfig
+from recap_ds.data.label_records import LABELS_NAME
+from recap_ds.data.labels import labels_folder
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.files.atomic import write_file
 from recap_ds.iterate.recipe import IterationRecipe, TrainingJob
@@ -23,7 +25,6 @@ from recap_ds.recipe import build_config, changed_keys
 from recap_ds.train.run_folder import FREE_KEYS, RunFolder
 
 SETTINGS_NAME = "settings.json"
-LABELS_NAME = "labels.json"
 RECORD_NAME = "iteration.json"
 
 
@@ -65,7 +66,7 @@ class IterationFolder:
 
     def adopt_labels(self, tag: str) -> None:
         """Link the labels just written beside the shards."""
-        folder = self.shards.resolve() / "labels" / tag
+        folder = labels_folder(self.shards.resolve(), tag)
         if not (folder / LABELS_NAME).is_file():
             raise RunFailed(f"the label job ended well but left no {folder / LABELS_NAME}")
         self._link(self.labels, folder)

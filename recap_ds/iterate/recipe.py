@@ -17,8 +17,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recap_ds.checkpoint.layout import resolve_checkpoint
-from recap_ds.config import LabelConfig, PiStarRECAPConfig
+from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
+from recap_ds.label.job import OPEN_KEYS, check_keys
 from recap_ds.models.export_format import EXPORT_NAME
 from recap_ds.recipe import load_config, read_recipe
 
@@ -74,8 +75,9 @@ class IterationRecipe(_Part):
     def critic_config(self) -> PiStarRECAPConfig:
         return self.critic.config("training.stage=critic")
 
-    def label_config(self) -> LabelConfig:
-        return load_config(None, self.label.settings).label
+    def label_config(self) -> PiStarRECAPConfig:
+        """The critic's, as the label job reads it: with the label job's own settings."""
+        return self.critic.config("training.stage=critic", *self.label.settings)
 
     def policy_config(self) -> PiStarRECAPConfig:
         labels = f"data.labels={LABELS_TO_COME}"
@@ -110,8 +112,8 @@ def load_iteration_recipe(path: str | Path) -> IterationRecipe:
 def _check_jobs(path: str | Path, recipe: IterationRecipe) -> None:
     checks = {
         "critic": lambda: (recipe.critic_config(), recipe.critic.start()),
-        "label": lambda: _check_source(recipe),
         "policy": lambda: (recipe.policy_config(), recipe.policy.start()),
+        "label": lambda: _check_labels(recipe),
     }
     for name, check in checks.items():
         try:
@@ -120,10 +122,15 @@ def _check_jobs(path: str | Path, recipe: IterationRecipe) -> None:
             raise UsageError(f"--config {path}: {name}: {error}") from None
 
 
-def _check_source(recipe: IterationRecipe) -> None:
-    source, critic = recipe.label_config().source, recipe.critic_config().value.critic
+def _check_labels(recipe: IterationRecipe) -> None:
+    """What the label and policy jobs would refuse, when the critic has been trained already."""
+    check_keys(recipe.label.settings, OPEN_KEYS, "is settled by the critic")
+    config, policy = recipe.label_config(), recipe.policy_config()
+    source, critic = config.label.source, config.value.critic
     if (source == "distributional") != (critic == "distributional"):
         raise UsageError(f"label.source={source} is not to be had from a critic with value.critic={critic}")
+    if config.recap.demos != policy.recap.demos:
+        raise UsageError(f"recap.demos is {config.recap.demos} for the labels and {policy.recap.demos} for the policy")
 
 
 def _explain(error: ValidationError) -> str:

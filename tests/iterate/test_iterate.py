@@ -203,6 +203,8 @@ def test_a_folder_of_shards_that_changed_its_place_is_refused(desk, capsys):
         ({"policy": {"recipe": "critic.yaml"}}, "policy: "),
         ({"policy": {}}, "'policy.recipe' is missing"),
         ({"label": {"settings": ["label.lookahed=5"]}}, "did you mean 'label.lookahead'?"),
+        ({"label": {"settings": ["training.seed=1"]}}, "label: training.seed: is settled by the critic"),
+        ({"label": {"settings": ["recap.demos=labelled"]}}, "label: recap.demos is labelled for the labels and pos"),
         ({"label": {"settings": ["label.source=iql"]}}, "label: label.source=iql is not to be had"),
     ],
 )
