@@ -11,8 +11,8 @@ from recap_ds.checkpoint.sources import VLM_PREFIX, locate_checkpoint, open_chec
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.models.export_format import (
+    CRITICS,
     DEFAULT_MAX_SHARD_BYTES,
-    HEADS,
     DtypeName,
     ExportContents,
     ExportRecord,
@@ -55,7 +55,9 @@ def consolidate(
     if merge_adapters:
         vlm, adapter = merged(vlm, adapter, config.lora), {}
         config = config.model_copy(update={"lora": config.lora.model_copy(update={"enabled": False})})
-    heads = HEADS if include_critics else ("action_expert",)
+    heads = tuple(head for head in config.heads if include_critics or head not in CRITICS)
+    if not heads:
+        raise UsageError("--no-critics: a run of stage critic holds nothing else; leave it out")
     contents = ExportContents(
         config=config,
         contract=RobotContract.load(run),

@@ -74,7 +74,7 @@ def _tile_sources(folder: Path, record: CheckpointRecord, kind: str) -> dict[str
     def source(kind: str, name: str) -> TensorSource:
         return TensorSource(shapes[name], torch.float32, lambda: reader.read_whole(kind, name, shapes[name]))
 
-    targets = {TARGET_PREFIX + name.removeprefix(Q_PREFIX): name for name in record.shadows[TARGET]}
+    targets = {TARGET_PREFIX + name.removeprefix(Q_PREFIX): name for name in record.shadows.get(TARGET, ())}
     online = {name: source(kind, name) for name in shapes}
     return online | {target: source(TARGET, name) for target, name in targets.items()}
 

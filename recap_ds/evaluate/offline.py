@@ -20,73 +20,94 @@ from recap_ds.evaluate.statistics import rank_correlation, separation
 from recap_ds.processing.normalize import Normalizer
 
 # The value figures that training logs.
-VALUE_FIGURES = ("mae", "rank_correlation", "separation", "shuffled_image_gap")
+VALUE_FIGURES = ("nll", "mae", "rank_correlation", "separation", "shuffled_image_gap")
 
 
 def summarise(
-    records: Records, config: PiStarRECAPConfig, tasks: list[str], normalizer: Normalizer, constant: MeanActions
+    records: Records,
+    config: PiStarRECAPConfig,
+    tasks: list[str],
+    normalizer: Normalizer,
+    constant: MeanActions | None,
 ) -> dict[str, Any]:
-    """The ``dataset_evaluation`` of evaluation_results.json; None where a figure has no data."""
-    if config.recap.policy_extraction == "weighted":
-        # Such a policy never sees an indicator in training: its positive row says nothing and is not what acts.
-        acting, records = "none", records._replace(actions=records.unconditioned_actions)
-    else:
-        acting = "positive"
-    acting_loss = records.flow_loss[:, INDICATOR_IDS[acting]]
+    """The ``dataset_evaluation`` of evaluation_results.json; None where a figure has no data or the stage has no such.
+
+    ``constant`` is needed where there are actions.
+    """
+    records, acting_loss = _acting(records, config)
     td = records.td_valid
-    v_loss, q_loss = _mean(records.v_loss[td]), _mean(records.q_loss[td])
+    v_valid = records.mc_valid if config.value.critic == "distributional" else td
+    v_loss, q_loss = _mean_of(records.v_loss, v_valid), _mean_of(records.q_loss, td)
+    has_q = records.q is not None
     return {
         "total_loss": _total_loss(records, config, acting_loss, v_loss, q_loss),
         "v_loss": v_loss,
         "q_loss": q_loss,
-        "policy_loss": _flow_mean(records, acting_loss),
-        "q_values": _distribution(records.q[td]),
-        "v_values": _distribution(records.v),
-        "advantages": _distribution((records.q - records.v)[td]),
+        "policy_loss": None if acting_loss is None else _flow_mean(records, acting_loss),
+        "q_values": _distribution(records.q[td]) if has_q else None,
+        "v_values": _distribution(records.v) if records.v is not None else None,
+        "advantages": _distribution((records.q - records.v)[td]) if has_q else None,
         "num_samples": len(records.task),
-        "flow_loss": _flow_losses(records, acting_loss),
-        "actions": action_errors(records, normalizer, constant),
-        "value": {
-            "all": value_figures(records, np.ones(len(records.task), bool)),
-            "tasks": {name: value_figures(records, records.task == index) for index, name in enumerate(tasks)},
-        },
+        "flow_loss": None if acting_loss is None else _flow_losses(records, config, acting_loss),
+        "actions": None if acting_loss is None else action_errors(records, normalizer, constant),
+        "value": None if records.v is None else _values(records, config, tasks),
     }
 
 
+def _acting(records: Records, config: PiStarRECAPConfig) -> tuple[Records, np.ndarray | None]:
+    """Records with the actions of the policy as it acts, and its flow loss [N]; None where the stage has no policy."""
+    if records.flow_loss is None:
+        return records, None
+    if config.recap.policy_extraction != "weighted":
+        return records, records.flow_loss[:, INDICATOR_IDS["positive"]]
+    # Such a policy never sees an indicator in training: its positive row says nothing and is not what acts.
+    return records._replace(actions=records.unconditioned_actions), records.flow_loss[:, INDICATOR_IDS["none"]]
+
+
 def _total_loss(
-    records: Records, config: PiStarRECAPConfig, acting_loss: np.ndarray, v_loss: float | None, q_loss: float | None
+    records: Records,
+    config: PiStarRECAPConfig,
+    acting_loss: np.ndarray | None,
+    v_loss: float | None,
+    q_loss: float | None,
 ) -> float | None:
     """With the weights of training, so that it is comparable with train/loss (weighted extraction aside)."""
+    iql = config.iql
+    if config.value.critic == "distributional" and acting_loss is None:
+        return v_loss
+    critic_loss = iql.v_loss_weight * (v_loss or 0.0) + iql.q_loss_weight * (q_loss or 0.0)
+    if acting_loss is None:
+        return critic_loss if v_loss is not None else None
     source_weight = np.array(config.recap.source_weights)[records.source]
     policy_loss = _flow_mean(records, source_weight * acting_loss)
-    if policy_loss is None:
-        return None
-    iql = config.iql
-    critic_loss = iql.v_loss_weight * (v_loss or 0.0) + iql.q_loss_weight * (q_loss or 0.0)
-    return iql.policy_loss_weight * policy_loss + critic_loss
+    return None if policy_loss is None else iql.policy_loss_weight * policy_loss + critic_loss
 
 
 def flat_metrics(summary: dict[str, Any]) -> dict[str, float]:
     """The few figures that training logs, as eval/... metrics."""
-    value, errors = summary["value"]["all"], summary["actions"]
     metrics = {
         "eval/loss": summary["total_loss"],
         "eval/policy_loss": summary["policy_loss"],
         "eval/q_loss": summary["q_loss"],
         "eval/v_loss": summary["v_loss"],
-        "eval/conditioning_gap": summary["flow_loss"]["conditioning_gap"],
-        **{f"eval/value_{name}": value[name] for name in VALUE_FIGURES},
-        **{f"eval/action_error/{group}": figures["error"] for group, figures in errors.items()},
-        **{f"eval/action_error_ratio/{group}": figures["ratio"] for group, figures in errors.items()},
     }
+    if summary["flow_loss"] is not None:
+        metrics["eval/conditioning_gap"] = summary["flow_loss"]["conditioning_gap"]
+    if summary["value"] is not None:
+        metrics |= {f"eval/value_{name}": summary["value"]["all"][name] for name in VALUE_FIGURES}
+    if (errors := summary["actions"]) is not None:
+        metrics |= {f"eval/action_error/{group}": figures["error"] for group, figures in errors.items()}
+        metrics |= {f"eval/action_error_ratio/{group}": figures["ratio"] for group, figures in errors.items()}
     return {name: number for name, number in metrics.items() if number is not None}
 
 
-def _flow_losses(records: Records, acting_loss: np.ndarray) -> dict[str, Any]:
+def _flow_losses(records: Records, config: PiStarRECAPConfig, acting_loss: np.ndarray) -> dict[str, Any]:
     """By indicator; the gap is how much worse the opposite indicator predicts what was done, in relative terms."""
     means = {name: _flow_mean(records, records.flow_loss[:, index]) for name, index in INDICATOR_IDS.items()}
     sources = {name: _flow_mean(records, acting_loss, records.source == index) for name, index in SOURCE_IDS.items()}
-    gap = means["negative"] / means["positive"] - 1.0 if means["positive"] else None
+    # Supervised fine-tuning never shows the negative indicator: there is nothing to compare with.
+    comparable = means["positive"] and not config.recap.sft
+    gap = means["negative"] / means["positive"] - 1.0 if comparable else None
     return {**means, "conditioning_gap": gap, "by_source": sources}
 
 
@@ -139,6 +160,20 @@ def _action_error(records: Records, keep: np.ndarray, normalizer: Normalizer, co
     }
 
 
+def _values(records: Records, config: PiStarRECAPConfig, tasks: list[str]) -> dict[str, Any]:
+    """``value_figures`` over all samples and per task; with the likelihood of the return where V is a distribution."""
+
+    def figures(keep: np.ndarray) -> dict[str, float | int | None]:
+        distributional = config.value.critic == "distributional"
+        nll = _mean_of(records.v_loss, keep & records.mc_valid) if distributional else None
+        return {**value_figures(records, keep), "nll": nll}
+
+    return {
+        "all": figures(np.ones(len(records.task), bool)),
+        "tasks": {name: figures(records.task == index) for index, name in enumerate(tasks)},
+    }
+
+
 def value_figures(records: Records, keep: np.ndarray) -> dict[str, float | int | None]:
     """How V orders and measures the samples of ``keep`` [N] against their Monte-Carlo returns."""
     keep = keep & records.mc_valid
@@ -162,6 +197,10 @@ def _distribution(values: np.ndarray) -> dict[str, float] | None:
         return None
     low, middle, high = np.quantile(values, [0.05, 0.5, 0.95]).tolist()
     return {"mean": float(values.mean()), "std": float(values.std()), "p05": low, "p50": middle, "p95": high}
+
+
+def _mean_of(values: np.ndarray | None, keep: np.ndarray) -> float | None:
+    return None if values is None else _mean(values[keep])
 
 
 def _mean(values: np.ndarray) -> float | None:

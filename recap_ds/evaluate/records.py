@@ -18,7 +18,10 @@ Forward = Callable[[TransitionBatch], EvaluationOutput]
 
 
 class Records(NamedTuple):
-    """Per-sample results of all ranks, padding removed. N samples   H chunk   A action dims"""
+    """Per-sample results of all ranks, padding removed; None where the stage has no such thing.
+
+    N samples   H chunk   A action dims
+    """
 
     task: np.ndarray  # [N] int
     source: np.ndarray  # [N] int
@@ -27,14 +30,14 @@ class Records(NamedTuple):
     mc_return: np.ndarray  # [N]
     mc_valid: np.ndarray  # [N] bool
     td_valid: np.ndarray  # [N] bool
-    q_loss: np.ndarray  # [N]
-    v_loss: np.ndarray  # [N]
-    q: np.ndarray  # [N]
-    v: np.ndarray  # [N]
-    v_shuffled: np.ndarray  # [N]
-    flow_loss: np.ndarray  # [N, 3], by INDICATOR_IDS
-    actions: np.ndarray  # [N, H, A], sampled with the positive indicator, normalised
-    unconditioned_actions: np.ndarray  # [N, H, A]
+    q_loss: np.ndarray | None  # [N]
+    v_loss: np.ndarray | None  # [N]; of a distributional critic, negative log-likelihood
+    q: np.ndarray | None  # [N]
+    v: np.ndarray | None  # [N]
+    v_shuffled: np.ndarray | None  # [N]
+    flow_loss: np.ndarray | None  # [N, 3], by INDICATOR_IDS
+    actions: np.ndarray | None  # [N, H, A], sampled with the positive indicator, normalised
+    unconditioned_actions: np.ndarray | None  # [N, H, A]
     true_actions: np.ndarray  # [N, H, A]
     action_mask: np.ndarray  # [N, H, A] bool, True = a valid frame and a real dim
 
@@ -42,19 +45,20 @@ class Records(NamedTuple):
 @torch.no_grad()
 def collect_records(forward: Forward, batches: Iterable[TransitionBatch], device: torch.device) -> Records:
     """Collective: every rank must call, with the same number of batches."""
-    columns: list[list[Tensor]] = []
+    columns: list[dict[str, Tensor]] = []
     valid: list[Tensor] = []
     for host_batch in batches:
         batch = to_device(host_batch, device)
-        columns.append([column.double() for column in _columns(batch, forward(batch))])
+        row = _columns(batch, forward(batch))._asdict()
+        columns.append({name: column.double() for name, column in row.items() if column is not None})
         valid.append(batch.sample_valid)
     keep = gather_flat(torch.cat(valid)).cpu().numpy()
-    gathered = []
-    for parts in zip(*columns, strict=True):
-        local = torch.cat(parts)
+    gathered: dict[str, np.ndarray | None] = dict.fromkeys(Records._fields)
+    for name in columns[0]:
+        local = torch.cat([part[name] for part in columns])
         whole = gather_flat(local.flatten()).view(-1, *local.shape[1:])
-        gathered.append(whole.cpu().numpy()[keep])
-    records = Records(*gathered)
+        gathered[name] = whole.cpu().numpy()[keep]
+    records = Records(**gathered)
     integers = {name: getattr(records, name).astype(np.int64) for name in ("task", "source", "control", "outcome")}
     masks = {name: getattr(records, name).astype(bool) for name in ("mc_valid", "td_valid", "action_mask")}
     return records._replace(**integers, **masks)

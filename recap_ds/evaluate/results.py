@@ -24,7 +24,7 @@ from recap_ds.distributed.runtime import Runtime
 from recap_ds.errors import UsageError
 from recap_ds.evaluate.offline import summarise
 from recap_ds.evaluate.records import collect_records
-from recap_ds.models.losses import EvaluationOutput, normalizers
+from recap_ds.models.losses import EvaluationOutput, LossNormalizers, normalizers
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.processing.contract import RobotContract
 from recap_ds.processing.normalize import Normalizer
@@ -68,18 +68,20 @@ def evaluate_dataset(
 ) -> dict[str, Any]:
     """``dataset_evaluation`` over the held-out samples. Collective: every rank must call."""
     config, device = policy.config, runtime.device
-    if not {"critic", "target_critic"} <= dict(policy.named_children()).keys():
+    if set(config.heads) - dict(policy.named_children()).keys():
         raise UsageError("--checkpoint: this export was made without critics, and evaluation needs them")
     batches = EvaluationBatches(assembler, config, rank=runtime.info.rank, world=runtime.info.world)
     if not len(batches):
         raise UsageError("data.held_out_fraction: no held-out samples in these shards; use a larger fraction")
     scale = AdvantageScale(*(torch.zeros(len(tasks), device=device) for _ in range(3)))
-    unused = normalizers(torch.ones(2, device=device))
+    unused = normalizers(torch.ones(len(LossNormalizers._fields), device=device))
 
     def forward(batch: TransitionBatch) -> EvaluationOutput:
         return policy(batch, "evaluate", scale, unused, False)
 
-    constant = mean_actions(assembler.shard_set, config.data.held_out_fraction, config.training.seed)
+    constant = None
+    if "action_expert" in config.heads:
+        constant = mean_actions(assembler.shard_set, config.data.held_out_fraction, config.training.seed)
     return summarise(collect_records(forward, batches, device), config, tasks, normalizer, constant)
 
 
@@ -101,13 +103,15 @@ def _finite_or_none(value: Any) -> Any:
 def results_table(evaluation: dict[str, Any]) -> str:
     """A few lines for people."""
     lines = [f"{evaluation['num_samples']} held-out samples"]
-    lines.append("  ".join(f"{name} {_number(evaluation[name])}" for name in ("policy_loss", "q_loss", "v_loss")))
-    for group, figures in evaluation["actions"].items():
+    losses = {name: evaluation[name] for name in ("policy_loss", "q_loss", "v_loss") if evaluation[name] is not None}
+    lines.append("  ".join(f"{name} {_number(value)}" for name, value in losses.items()))
+    for group, figures in (evaluation["actions"] or {}).items():
         lines.append(
             f"action error  {group:<16} {figures['error']:.4f}, task's mean action {figures['constant_error']:.4f}, "
             f"ratio {_number(figures['ratio'])}  ({figures['num_samples']} samples)"
         )
-    for name, figures in {"all tasks": evaluation["value"]["all"], **evaluation["value"]["tasks"]}.items():
+    value = evaluation["value"]
+    for name, figures in ({"all tasks": value["all"], **value["tasks"]} if value is not None else {}).items():
         lines.append(
             f"value  {name:<24} mae {_number(figures['mae'])} (constant {_number(figures['constant_mae'])})  "
             f"rank correlation {_number(figures['rank_correlation'])}  separation {_number(figures['separation'])}  "

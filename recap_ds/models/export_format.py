@@ -3,7 +3,7 @@
     export.json                  what this is, where it came from, and every file's size and sha256; written last
     config.yaml contract.json    the recipe; what policy and robot agree on
     action_expert.safetensors    names inside the module
-    critic.safetensors target_critic.safetensors    absent where critics were left out
+    critic.safetensors target_critic.safetensors    absent where the stage has none or they were left out
     vlm/                         a plain transformers PaliGemma folder
     adapter/                     peft's own format, where there are LoRA matrices that were not merged
     tokenizer/                   where the VLM has one; the tiny VLM reads bytes
@@ -60,6 +60,8 @@ TOKENIZER_FILES = (
 )
 # Modules with a file of their own, beside the VLM.
 HEADS = ("action_expert", "critic", "target_critic")
+# Those that may be left out of an export of stage joint.
+CRITICS = ("critic", "target_critic")
 DEFAULT_MAX_SHARD_BYTES = 5 * 2**30
 
 Sources = Mapping[str, TensorSource]

@@ -24,6 +24,7 @@ from recap_ds.models.export_format import (
     ADAPTER_NAME,
     ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
+    CRITICS,
     HEADS,
     TOKENIZER_NAME,
     VLM_NAME,
@@ -41,7 +42,6 @@ from recap_ds.models.vlm_weights import locate_vlm, model_name, weight_files
 from recap_ds.processing.contract import CONTRACT_NAME, RobotContract
 from recap_ds.recipe import dump_config, load_config
 
-CRITICS = ("critic", "target_critic")
 STATE_FORMAT = "recap_ds plain checkpoint 1"
 
 Policy = TypeVar("Policy", bound=nn.Module)
@@ -89,12 +89,13 @@ def load_export(policy_class: Callable[..., Policy], export: str | Path, overrid
     policy = policy_class(config, vlm_folder=str(folder / VLM_NAME))
     policy.contract = RobotContract.load(folder) if CONTRACT_NAME in record.files else None
     policy.tokenizer_folder = folder / TOKENIZER_NAME if (folder / TOKENIZER_NAME).is_dir() else None
-    for head in HEADS:
+    for head in config.heads:
         if head in record.heads:
             fill_from_file(policy.get_submodule(head), folder / head_file(head), Builder())
-        else:
-            assert head in CRITICS, f"{folder} has no {head}"
+        elif head in CRITICS and config.training.stage == "joint":
             delattr(policy, head)
+        else:
+            raise UsageError(f"{folder}: holds no {head}, which stage {config.training.stage} of its {CONFIG_NAME} has")
     if record.adapter == "separate":
         fill_adapter(policy.vlm.paligemma, folder, Builder())
     return policy.eval()

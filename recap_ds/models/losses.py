@@ -36,7 +36,7 @@ class TrainOutput(NamedTuple):
     v_loss: Tensor | None = None  # expectile loss; of a distributional critic, negative log-likelihood
     q: Tensor | None = None  # min_j Qbar_j
     v: Tensor | None = None
-    advantage: Tensor | None = None  # of the stage's own critic, or from the labels
+    advantage: Tensor | None = None  # of the stage's own critic
     td_error: Tensor | None = None  # mean over heads of Q - target
     target_gap: Tensor | None = None  # mean over heads of |Q - Qbar|
     value_error: Tensor | None = None  # |V - return|, 0 where the return is not known

@@ -15,7 +15,7 @@ from recap_ds.data.baseline import MeanActions, mean_actions
 from recap_ds.data.held_out import EvaluationBatches
 from recap_ds.evaluate.offline import flat_metrics, summarise
 from recap_ds.evaluate.records import collect_records
-from recap_ds.models.losses import EvaluationOutput, normalizers
+from recap_ds.models.losses import EvaluationOutput, LossNormalizers, normalizers
 from recap_ds.train.session import Session
 
 
@@ -50,7 +50,7 @@ class HeldOutEvaluation:
         shadows = self._session.shadows
         # The forward takes the same arguments in both modes; evaluation reads neither of these.
         scale = AdvantageScale(*(torch.zeros(len(plan.tasks), device=device) for _ in range(3)))
-        unused = normalizers(torch.ones(2, device=device))
+        unused = normalizers(torch.ones(len(LossNormalizers._fields), device=device))
 
         def forward(batch: TransitionBatch) -> EvaluationOutput:
             return engine(batch, "evaluate", scale, unused, False)
@@ -60,4 +60,5 @@ class HeldOutEvaluation:
         with averaged:
             records = collect_records(forward, self.batches, device)
         engine.train()
-        return flat_metrics(summarise(records, plan.config, plan.tasks, plan.normalizer, self._constant))
+        constant = self._constant if "action_expert" in plan.config.heads else None
+        return flat_metrics(summarise(records, plan.config, plan.tasks, plan.normalizer, constant))

@@ -4,17 +4,18 @@ All that a run has to remember is ``Progress``, the engine's tiles, the shadows 
 is a function of ``next_slot``. So an interrupted run continues as if it had not been.
 """
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from recap_ds.checkpoint.resume import find_checkpoint, load_checkpoint
 from recap_ds.checkpoint.save import save_checkpoint
+from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.loader import BatchLoader, build_train_loader
 from recap_ds.distributed.build import whole_numel
 from recap_ds.distributed.runtime import accelerator_is_cpu
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.train.evaluation import HeldOutEvaluation
+from recap_ds.train.gate import GATES, GateState
 from recap_ds.train.logbook import Logbook, finite_or_none
 from recap_ds.train.metrics import StepMetrics
 from recap_ds.train.session import Session
@@ -35,8 +36,15 @@ class Progress:
     replaced_samples: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    best_loss: float | None = None  # lowest eval/loss so far
+    gate: GateState = field(default_factory=GateState)
     wandb_id: str | None = None
+
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> "Progress":
+        """From a checkpoint; those of before there were gates knew the loss alone."""
+        gate = state.get("gate") or {"best": state.get("best_loss")}
+        others = {name: value for name, value in state.items() if name not in ("gate", "best_loss")}
+        return cls(**others, gate=GateState(**gate))
 
 
 def train(session: Session) -> dict[str, Any]:
@@ -62,7 +70,7 @@ def take_steps(session: Session, progress: Progress, held_out: HeldOutEvaluation
     times = StepTimes(session.runtime.device)
     batches = iter(build_loader(session, progress))
     evaluation: dict[str, float] = {}
-    while progress.step < num_steps:
+    while progress.step < num_steps and not progress.gate.gives_up(config):
         times.start()
         micro_batches = [next(batches) for _ in range(plan.sizes.accumulation)]
         times.data_ready()
@@ -86,7 +94,8 @@ def take_steps(session: Session, progress: Progress, held_out: HeldOutEvaluation
         if held_out.num_samples and (last_step or progress.step % config.evaluation.every_steps == 0):
             evaluation = held_out.run()
             logbook.write(progress.step, evaluation)
-            improved = is_best(progress, evaluation)
+            improved = judge(progress, config, evaluation, logbook)
+            last_step |= progress.gate.gives_up(config)
         if last_step or improved or progress.step % config.checkpoint.save_every_steps == 0:
             save(session, progress, best=improved)
     if held_out.num_samples and not evaluation:
@@ -116,8 +125,9 @@ def resume(session: Session) -> Progress:
     progress = Progress()
     if newest is not None:
         state, tensors = load_checkpoint(newest, runtime=runtime, engine=session.engine, shadows=session.shadows)
-        progress = Progress(**state)
-        session.ring.load_state_dict(tensors)
+        progress = Progress.restore(state)
+        if session.ring is not None:
+            session.ring.load_state_dict(tensors)
     if runtime.info.is_main:
         plan.run.forget_after(progress.step)
     runtime.barrier()
@@ -133,7 +143,7 @@ def save(session: Session, progress: Progress, best: bool) -> None:
         engine=session.engine,
         shadows=session.shadows,
         state=asdict(progress),
-        tensors=session.ring.state_dict(),
+        tensors={} if session.ring is None else session.ring.state_dict(),
         keep=session.plan.config.checkpoint,
         best=best,
     )
@@ -166,13 +176,18 @@ def check_damage(session: Session, progress: Progress) -> None:
         )
 
 
-def is_best(progress: Progress, evaluation: dict[str, float]) -> bool:
-    """True = the lowest held-out loss so far, which ``progress`` then remembers. NaN is never best."""
-    loss = evaluation.get("eval/loss", math.nan)
-    if not math.isfinite(loss) or (progress.best_loss is not None and loss >= progress.best_loss):
-        return False
-    progress.best_loss = loss
-    return True
+def judge(progress: Progress, config: PiStarRECAPConfig, evaluation: dict[str, float], logbook: Logbook) -> bool:
+    """True = the best evaluation so far by ``evaluation.gate``, which ``progress`` then remembers."""
+    gate = GATES[config.evaluation.gate]
+    if gate.metric not in evaluation:
+        logbook.say(f"warning: evaluation.gate={config.evaluation.gate} cannot be had from these held-out samples")
+    improved = progress.gate.judge(config, evaluation)
+    if progress.gate.gives_up(config):
+        logbook.say(
+            f"stopping at step {progress.step}: {gate.metric} was best {progress.gate.evaluations_since_best} "
+            f"evaluations ago, at {progress.gate.best:.4f}"
+        )
+    return improved
 
 
 def step_figures(session: Session, progress: Progress, result: StepResult) -> dict[str, float]:
@@ -181,7 +196,8 @@ def step_figures(session: Session, progress: Progress, result: StepResult) -> di
     epochs = session.plan.dataset.order.epochs(progress.next_slot)
     norms = dict(zip(rates, result.group_norms.tolist(), strict=True))
     return {
-        "train/lr": rates["action_expert"],
+        # The head's: the VLM follows at its own pace.
+        "train/lr": rates.get("action_expert", rates.get("critic")),
         **{f"train/lr/{name}": rate for name, rate in rates.items()},
         "train/grad_norm": float(result.grad_norm),
         **{f"train/grad_norm/{name}": norm for name, norm in norms.items()},
@@ -218,6 +234,8 @@ def finish(session: Session, progress: Progress, evaluation: dict[str, float]) -
         "samples_seen": progress.samples_seen,
         "skipped_steps": progress.skipped_steps,
         "replaced_samples": progress.replaced_samples,
+        "stopped_early": progress.step < session.plan.config.training.num_training_steps,
+        "gate": asdict(progress.gate),
         "evaluation": finite_or_none(evaluation),
     }
     if session.runtime.info.is_main:

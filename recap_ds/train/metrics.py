@@ -15,12 +15,30 @@ from recap_ds.algo.iql import MAX_EXTRACTION_WEIGHT
 from recap_ds.batch import SOURCE_IDS, TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.distributed.reduce import gather_flat, sum_over_ranks
-from recap_ds.models.losses import TrainOutput, count_flow_elements
+from recap_ds.models.losses import TrainOutput, count_flow_elements, value_mask
 
-SOURCE_COLUMNS = ("samples", "flow_sum", "flow_elements", "q_loss_sum", "v_loss_sum", "td_samples", "weight_sum")
+SOURCE_COLUMNS = (
+    "samples",
+    "flow_sum",
+    "flow_elements",
+    "q_loss_sum",
+    "v_loss_sum",
+    "td_samples",
+    "v_samples",
+    "weight_sum",
+)
 TASK_COLUMNS = ("labelled", "labelled_positive", "forced", "samples")
 # "replaced" is last: it is the one sum that a skipped step adds to.
-SCALAR_COLUMNS = ("loss", "micro_batches", "clipped", "target_gap_sum", "td_error_sum", "indicator_dropped", "replaced")
+SCALAR_COLUMNS = (
+    "loss",
+    "micro_batches",
+    "clipped",
+    "target_gap_sum",
+    "td_error_sum",
+    "value_error_sum",
+    "indicator_dropped",
+    "replaced",
+)
 QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -41,35 +59,43 @@ class StepMetrics:
         source_sums, task_sums, scalar_sums = self._tables(self._step)
         flow_elements = count_flow_elements(batch)
         td = batch.td_valid.double()
+        nothing = torch.zeros_like(td)
+
+        def column(values: Tensor | None) -> Tensor:
+            return nothing if values is None else values.double()
+
         columns = torch.stack(
             [
                 batch.sample_valid.double(),
-                output.policy_loss.double() * flow_elements,
+                column(output.policy_loss) * flow_elements,
                 flow_elements.double(),
-                output.q_loss.double(),
-                output.v_loss.double(),
+                column(output.q_loss),
+                column(output.v_loss),
                 td,
-                output.weight.double(),
+                value_mask(self._config, batch).double(),
+                column(output.weight),
             ],
             dim=1,
         )
         source_sums.index_add_(0, batch.source, columns)
-        forced = forced_positive(batch.source, self._config.recap.demos)
-        labelled = ~forced & (output.indicator != INDICATOR_IDS["none"])
-        positive = labelled & (output.indicator == INDICATOR_IDS["positive"])
-        task_columns = torch.stack([labelled, positive, forced, batch.sample_valid], dim=1).double()
-        task_sums.index_add_(0, batch.task, task_columns)
+        if output.indicator is not None:
+            forced = forced_positive(batch.source, self._config.recap.demos)
+            labelled = ~forced & (output.indicator != INDICATOR_IDS["none"])
+            positive = labelled & (output.indicator == INDICATOR_IDS["positive"])
+            task_columns = torch.stack([labelled, positive, forced, batch.sample_valid], dim=1).double()
+            task_sums.index_add_(0, batch.task, task_columns)
         # From Python numbers: a table made here would be copied to the device, and the host would wait for it.
         weights = enumerate(self._config.recap.source_weights)
         source_weight = sum(weight * (batch.source == source) for source, weight in weights)
-        clipped = output.weight >= source_weight * MAX_EXTRACTION_WEIGHT
+        clipped = column(output.weight) >= (source_weight * MAX_EXTRACTION_WEIGHT).double()
         scalar_sums[0] += torch.stack(
             [
                 output.loss.detach().double(),
                 torch.ones((), dtype=torch.float64, device=td.device),
                 (clipped & (source_weight > 0)).double().sum(),
-                (output.target_gap * td).sum(),
-                (output.td_error.abs() * td).sum(),
+                (column(output.target_gap) * td).sum(),
+                (column(output.td_error).abs() * td).sum(),
+                column(output.value_error).sum(),
                 batch.indicator_dropped.double().sum(),
                 batch.replaced.double().sum(),
             ]
@@ -91,17 +117,17 @@ class StepMetrics:
         """
         source, task, scalar = self._tables(sum_over_ranks(self._kept).cpu())
         totals = dict(zip(SCALAR_COLUMNS, scalar[0].tolist(), strict=True))
-        metrics = _losses(source, totals)
+        metrics = _losses(source, totals, output)
         for name, index in SOURCE_IDS.items():
             row = dict(zip(SOURCE_COLUMNS, source[index].tolist(), strict=True))
-            metrics |= {f"train/{name}/{key}": value for key, value in _source_metrics(row).items()}
+            metrics |= {f"train/{name}/{key}": value for key, value in _source_metrics(row, output).items()}
         for name, values in zip(self._tasks, task.tolist(), strict=True):
             row = dict(zip(TASK_COLUMNS, values, strict=True))
             if row["labelled"]:
                 metrics[f"train/positive_fraction/{name}"] = row["labelled_positive"] / row["labelled"]
             if row["samples"]:
                 metrics[f"train/forced_fraction/{name}"] = row["forced"] / row["samples"]
-        metrics |= _distributions(batch, output)
+        metrics |= _distributions(value_mask(self._config, batch), output)
         self._kept.zero_()
         return metrics
 
@@ -111,17 +137,23 @@ class StepMetrics:
         return tuple(part.view(shape) for part, shape in zip(parts, self._shapes, strict=True))
 
 
-def _losses(source: Tensor, totals: dict[str, float]) -> dict[str, float]:
+def _losses(source: Tensor, totals: dict[str, float], output: TrainOutput) -> dict[str, float]:
+    """Figures of what the stage has, by what ``output`` holds."""
     whole = dict(zip(SOURCE_COLUMNS, source.sum(dim=0).tolist(), strict=True))
+    td, samples = whole["td_samples"], whole["samples"]
+    figures = {
+        "policy_loss": (output.policy_loss, _ratio(whole["flow_sum"], whole["flow_elements"])),
+        "q_loss": (output.q_loss, _ratio(whole["q_loss_sum"], td)),
+        "v_loss": (output.v_loss, _ratio(whole["v_loss_sum"], whole["v_samples"])),
+        "target_gap": (output.target_gap, _ratio(totals["target_gap_sum"], td)),
+        "td_error": (output.td_error, _ratio(totals["td_error_sum"], td)),
+        "value_mae": (output.value_error, _ratio(totals["value_error_sum"], whole["v_samples"])),
+        "weight_clip_fraction": (output.weight, _ratio(totals["clipped"], samples)),
+        "indicator_dropped_fraction": (output.indicator, _ratio(totals["indicator_dropped"], samples)),
+    }
     return {
         "train/loss": _ratio(totals["loss"], totals["micro_batches"]),
-        "train/policy_loss": _ratio(whole["flow_sum"], whole["flow_elements"]),
-        "train/q_loss": _ratio(whole["q_loss_sum"], whole["td_samples"]),
-        "train/v_loss": _ratio(whole["v_loss_sum"], whole["td_samples"]),
-        "train/target_gap": _ratio(totals["target_gap_sum"], whole["td_samples"]),
-        "train/td_error": _ratio(totals["td_error_sum"], whole["td_samples"]),
-        "train/weight_clip_fraction": _ratio(totals["clipped"], whole["samples"]),
-        "train/indicator_dropped_fraction": _ratio(totals["indicator_dropped"], whole["samples"]),
+        **{f"train/{name}": figure for name, (part, figure) in figures.items() if part is not None},
         "data/replaced_samples": totals["replaced"],
     }
 
@@ -130,24 +162,28 @@ def _ratio(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
-def _source_metrics(row: dict[str, float]) -> dict[str, float]:
-    metrics = {"samples": row["samples"]}
-    if row["samples"]:
-        metrics["policy_weight"] = row["weight_sum"] / row["samples"]
-    if row["flow_elements"]:
-        metrics["policy_loss"] = row["flow_sum"] / row["flow_elements"]
-    if row["td_samples"]:
-        metrics["q_loss"] = row["q_loss_sum"] / row["td_samples"]
-        metrics["v_loss"] = row["v_loss_sum"] / row["td_samples"]
-    return metrics
+def _source_metrics(row: dict[str, float], output: TrainOutput) -> dict[str, float]:
+    figures = {
+        "policy_weight": (output.weight, "weight_sum", "samples"),
+        "policy_loss": (output.policy_loss, "flow_sum", "flow_elements"),
+        "q_loss": (output.q_loss, "q_loss_sum", "td_samples"),
+        "v_loss": (output.v_loss, "v_loss_sum", "v_samples"),
+    }
+    present = {name: (total, count) for name, (part, total, count) in figures.items() if part is not None}
+    means = {name: row[total] / row[count] for name, (total, count) in present.items() if row[count]}
+    return {"samples": row["samples"], **means}
 
 
-def _distributions(batch: TransitionBatch, output: TrainOutput) -> dict[str, float]:
-    """Mean, std and quantiles of Q, V and A over all ranks' last micro-batch."""
-    rows = torch.stack([output.q, output.v, output.advantage, batch.td_valid.to(output.q.dtype)], dim=1)
-    q, v, advantage, valid = gather_flat(rows.flatten()).view(-1, 4).cpu().double().unbind(dim=1)
+def _distributions(valid: Tensor, output: TrainOutput) -> dict[str, float]:
+    """Mean, std and quantiles of Q, V and A over all ranks' last micro-batch, where ``valid`` [B]."""
+    parts = {"q": output.q, "v": output.v, "advantage": output.advantage}
+    parts = {name: values for name, values in parts.items() if values is not None}
+    if not parts:
+        return {}
+    rows = torch.stack([*parts.values(), valid.to(output.v.dtype)], dim=1)
+    *columns, valid = gather_flat(rows.flatten()).view(-1, len(parts) + 1).cpu().double().unbind(dim=1)
     metrics = {}
-    for name, values in (("q", q), ("v", v), ("advantage", advantage)):
+    for name, values in zip(parts, columns, strict=True):
         held = values[valid.bool() & values.isfinite()]
         if len(held):
             metrics[f"train/{name}/mean"] = held.mean().item()

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recap_ds.algo.advantage import AdvantageRing
+import torch
+
+from recap_ds.algo.advantage import AdvantageRing, AdvantageScale
 from recap_ds.algo.returns import TaskScale, value_scale
 from recap_ds.checkpoint.base import base_folder, ensure_base
+from recap_ds.checkpoint.start import StartPoint, check_start, fill_heads, find_start
+from recap_ds.checkpoint.tile_file import EMA, TARGET
 from recap_ds.config import BatchSizes, PiStarRECAPConfig, batch_sizes
 from recap_ds.data.assemble import Assembler
+from recap_ds.data.labels import LabelSet
 from recap_ds.data.loader import TransitionDataset
 from recap_ds.data.sample import check_data_matches
 from recap_ds.data.shard_set import ShardSet
@@ -44,6 +49,7 @@ class Plan:
     normalizer: Normalizer
     contract: RobotContract
     tasks: list[str]
+    start: StartPoint | None  # whose weights the run begins with
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,10 @@ class Session:
     plan: Plan
     runtime: Runtime
     engine: Any  # DeepSpeedEngine; only distributed/ imports its type
-    shadows: dict[str, Shadow]  # "target", and "ema" where there is one
-    ring: AdvantageRing
+    shadows: dict[str, Shadow]  # "target" and "ema", those there are
+    ring: AdvantageRing | None  # stage joint alone
     peak_rates: dict[str, float]
+    fixed_scale: AdvantageScale | None = None  # where there is no ring: what the labels say of each task
 
 
 def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo) -> Plan:
@@ -77,10 +84,26 @@ def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo)
     run.check_continues(config, sizes.total, manifest.content_hash())
     normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
     tokenizer = build_tokenizer(config.model.vlm_model_name, config.model.vlm_revision)
-    assembler = Assembler(shard_set, config, tokenizer, normalizer, scale)
+    assembler = Assembler(shard_set, config, tokenizer, normalizer, scale, open_labels(config, shard_set))
     dataset = TransitionDataset(assembler, config, damage_log=run.damaged)
     contract = _contract(config, shard_set, normalizer, scale)
-    return Plan(config, info, sizes, ds_config, precision, run, dataset, normalizer, contract, tasks)
+    start = find_start(config, info)
+    return Plan(config, info, sizes, ds_config, precision, run, dataset, normalizer, contract, tasks, start)
+
+
+def open_labels(config: PiStarRECAPConfig, shard_set: ShardSet) -> LabelSet | None:
+    """The labels of ``data.labels``; None where the run reads none. UsageError where they are not what it means."""
+    if config.data.labels is None:
+        return None
+    # A policy measures no value of its own: only a length that was given can contradict the labels'.
+    labels = LabelSet.open(shard_set, config.data.labels, config.value.max_length)
+    demos = labels.record.settings.demos
+    if demos != config.recap.demos:
+        raise UsageError(
+            f"recap.demos: {config.recap.demos} here, {demos} when the labels '{config.data.labels}' were made; "
+            f"set recap.demos={demos}, or make labels under another tag"
+        )
+    return labels
 
 
 def _contract(
@@ -112,22 +135,45 @@ def start_session(plan: Plan) -> Session:
         plan.contract.save(plan.run.path)
     runtime.barrier()
     builder = ShardedBuilder(plan.ds_config, runtime.device)
-    policy = PiStarRECAPPolicy(config, builder, vlm_folder=base_folder(plan.run.path))
+    policy = build_policy(plan, builder, runtime)
     groups = policy.parameter_groups()
     peak_rates = {group["name"]: group["lr"] for group in groups}
     engine = build_engine(policy, groups, plan.ds_config, betas=config.training.betas)
-    ensure_base(plan.run.path, engine.module, config, runtime)
-    ring = AdvantageRing(len(plan.tasks), config.recap.advantage_window, runtime.device)
-    return Session(plan, runtime, engine, build_shadows(policy, config), ring, peak_rates)
+    ensure_base(plan.run.path, engine.module, config, runtime, plan.start.vlm if plan.start else None)
+    ring = None
+    if config.training.stage == "joint":
+        ring = AdvantageRing(len(plan.tasks), config.recap.advantage_window, runtime.device)
+    shadows = build_shadows(policy, config)
+    return Session(plan, runtime, engine, shadows, ring, peak_rates, label_scale(plan, runtime.device))
+
+
+def build_policy(plan: Plan, builder: ShardedBuilder, runtime: Runtime) -> PiStarRECAPPolicy:
+    """With the weights the run begins with; a checkpoint replaces them later. Collective: every rank must call."""
+    start = plan.start
+    if start is None:
+        return PiStarRECAPPolicy(plan.config, builder, vlm_folder=base_folder(plan.run.path))
+    check_start(start, runtime)
+    policy = PiStarRECAPPolicy(plan.config, builder, vlm_folder=str(start.vlm))
+    fill_heads(start, policy, builder, runtime)
+    return policy
+
+
+def label_scale(plan: Plan, device: torch.device) -> AdvantageScale:
+    """The spread of the labels' advantages per task; nothing is above a threshold, as labels are decided already."""
+    labels = plan.dataset.assembler.labels
+    infinite = torch.full((len(plan.tasks),), torch.inf, device=device)
+    sigma = infinite if labels is None else torch.from_numpy(labels.sigma).to(device)
+    return AdvantageScale(infinite, sigma, torch.zeros(len(plan.tasks), dtype=torch.bool, device=device))
 
 
 def build_shadows(policy: PiStarRECAPPolicy, config: PiStarRECAPConfig) -> dict[str, Shadow]:
     """The target critic follows the Q networks; the average, where wanted, every trainable parameter."""
-    prefix = "critic.q."
+    prefix, shadows = "critic.q.", {}
     trainable = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    online = {name: parameter for name, parameter in trainable.items() if name.startswith(prefix)}
-    by_name = dict(policy.target_critic.named_parameters())
-    shadows = {"target": Shadow(online, {name: by_name[name.removeprefix(prefix)] for name in online})}
+    if "target_critic" in config.heads:
+        online = {name: parameter for name, parameter in trainable.items() if name.startswith(prefix)}
+        by_name = dict(policy.target_critic.named_parameters())
+        shadows[TARGET] = Shadow(online, {name: by_name[name.removeprefix(prefix)] for name in online})
     if config.training.ema_decay is not None:
-        shadows["ema"] = Shadow(trainable)
+        shadows[EMA] = Shadow(trainable)
     return shadows

@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from recap_ds.algo.advantage import forced_positive
+from recap_ds.algo.advantage import AdvantageScale, forced_positive
 from recap_ds.batch import TransitionBatch, to_device
+from recap_ds.checkpoint.tile_file import EMA, TARGET
 from recap_ds.distributed.engine import global_grad_norm, grad_norms_by_group, step_was_applied, zero_stale_gradients
 from recap_ds.distributed.reduce import gather_flat, sum_over_ranks
 from recap_ds.files.atomic import append_line
@@ -43,7 +44,7 @@ def take_step(
     engine, config = session.engine, session.plan.config
     factor = learning_rate_factor(step, config.training)
     set_learning_rates(engine.optimizer.param_groups, session.peak_rates, factor)
-    scale = session.ring.scale(config.recap.positive_fraction, config.recap.advantage_window_min)
+    scale = advantage_scale(session)
     counts = step_normalizers(micro_batches, session.runtime.device)
     warming_up = step < config.indicator_warmup_steps
 
@@ -57,15 +58,24 @@ def take_step(
         engine.step()
         output = output._replace(loss=output.loss.detach())
         metrics.add(batch, output)
-        ring_rows.append(_ring_rows(batch, output, config.recap.demos))
-        losses = torch.stack([output.policy_loss, output.q_loss, output.v_loss])
-        losses_finite.append(losses.isfinite().all(dim=0))
+        if session.ring is not None:
+            ring_rows.append(_ring_rows(batch, output, config.recap.demos))
+        losses = [loss for loss in (output.policy_loss, output.q_loss, output.v_loss) if loss is not None]
+        losses_finite.append(torch.stack(losses).isfinite().all(dim=0))
     zero_stale_gradients(engine)
     applied = step_was_applied(engine)
     metrics.end_step(applied)
     if applied:
-        _follow(session, torch.cat(ring_rows))
+        _follow(session, ring_rows)
     return StepResult(applied, batch, output, torch.cat(losses_finite), global_grad_norm(engine), group_norms)
+
+
+def advantage_scale(session: Session) -> AdvantageScale:
+    """Thresholds and spread of the advantages: of those seen so far, or of the labels."""
+    if session.ring is None:
+        return session.fixed_scale
+    recap = session.plan.config.recap
+    return session.ring.scale(recap.positive_fraction, recap.advantage_window_min)
 
 
 def step_normalizers(micro_batches: Sequence[TransitionBatch], device: torch.device) -> LossNormalizers:
@@ -76,7 +86,7 @@ def step_normalizers(micro_batches: Sequence[TransitionBatch], device: torch.dev
     counts = torch.stack([local_counts(batch) for batch in micro_batches]).sum(dim=0)
     shares = torch.cat([counts, torch.tensor([float(len(micro_batches))])]).to(device, non_blocking=True)
     total = sum_over_ranks(shares)
-    return normalizers(total[:2] / total[2])
+    return normalizers(total[:-1] / total[-1])
 
 
 def _ring_rows(batch: TransitionBatch, output: TrainOutput, demos: Literal["positive", "labelled"]) -> Tensor:
@@ -86,13 +96,20 @@ def _ring_rows(batch: TransitionBatch, output: TrainOutput, demos: Literal["posi
     return torch.stack([column.double() for column in columns], dim=1)
 
 
-def _follow(session: Session, ring_rows: Tensor) -> None:
-    """After an applied step: targets, averages and the advantage ring move on. Collective: every rank must call."""
+def _follow(session: Session, ring_rows: Sequence[Tensor]) -> None:
+    """After an applied step: targets, averages and the advantage ring, those there are, move on.
+
+    Collective: every rank must call.
+    """
     config = session.plan.config
-    session.shadows["target"].lerp(config.iql.target_update_rate)
+    if TARGET in session.shadows:
+        session.shadows[TARGET].lerp(config.iql.target_update_rate)
     if config.training.ema_decay is not None:
-        session.shadows["ema"].lerp(1.0 - config.training.ema_decay)
-    advantage, task, eligible, slot = gather_flat(ring_rows.flatten()).view(-1, 4).unbind(dim=1)
+        session.shadows[EMA].lerp(1.0 - config.training.ema_decay)
+    if session.ring is None:
+        return
+    rows = torch.cat(list(ring_rows)).flatten()
+    advantage, task, eligible, slot = gather_flat(rows).view(-1, 4).unbind(dim=1)
     session.ring.append(advantage.float(), task.long(), eligible.bool(), slot.long())
 
 

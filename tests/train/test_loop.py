@@ -1,13 +1,15 @@
-"""The loop's own decisions: when a run must stop, and which evaluation is the best. Whole runs: test_training.py."""
+"""The loop's own decisions: when a run must stop. Gates: test_gate.py. Whole runs: test_training.py."""
 
-import math
+import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.train import loop
-from recap_ds.train.loop import Progress, check_damage, count_skipped, is_best
+from recap_ds.train.gate import GateState
+from recap_ds.train.loop import Progress, check_damage, count_skipped
 from recap_ds.train.run_folder import RunFolder
 from tests.tiny import tiny_config
 
@@ -55,11 +57,8 @@ def test_too_much_damage_ends_the_run(fraction, seen, replaced, stops):
     return None
 
 
-def test_best_is_the_lowest_finite_loss():
-    progress = Progress()
-    losses = [math.nan, 3.0, 3.0, math.inf, 2.5, math.nan, 2.6, -math.inf, 2.0]
-    assert [is_best(progress, {"eval/loss": loss}) for loss in losses] == [
-        False, True, False, False, True, False, False, False, True,
-    ]  # fmt: skip
-    assert progress.best_loss == 2.0
-    assert not is_best(progress, {}), "an evaluation that has no loss"
+def test_progress_comes_back_from_a_checkpoint():
+    progress = Progress(step=7, gate=GateState("mae", 0.25, 2), wandb_id="x")
+    assert Progress.restore(json.loads(json.dumps(asdict(progress)))) == progress
+    before_gates = {name: value for name, value in asdict(progress).items() if name != "gate"} | {"best_loss": 0.5}
+    assert Progress.restore(before_gates).gate == GateState("loss", 0.5, 0)

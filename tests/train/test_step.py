@@ -103,9 +103,10 @@ def test_the_order_is_deepspeeds_law(session_of):
 def test_normalisers_are_the_steps_totals_over_its_micro_batches():
     config = tiny_config()
     batches = three_batches(config)
-    flow, td = step_normalizers(batches, CPU)
+    flow, td, monte_carlo = step_normalizers(batches, CPU)
     assert flow.item() == pytest.approx(sum(count_flow_elements(batch).sum().item() for batch in batches) / 3)
     assert td.item() == pytest.approx(sum(batch.td_valid.sum().item() for batch in batches) / 3)
+    assert monte_carlo.item() == pytest.approx(sum(batch.mc_valid.sum().item() for batch in batches) / 3)
     nothing = [batch._replace(td_valid=torch.zeros(8, dtype=torch.bool)) for batch in batches]
     assert step_normalizers(nothing, CPU).td.item() == 1.0
 
