@@ -44,9 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         stop_runtime()
     if info.is_main:
         print(label_table(job.shard_set, parsed.tag))
-        print(
-            f"next: training.stage=policy data.labels={parsed.tag}, or recap-ds labels show {parsed.shards} --tag ..."
-        )
+        print(f"next: recap-ds labels show {parsed.shards} --tag {parsed.tag}")
     return 0
 
 

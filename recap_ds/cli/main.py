@@ -20,7 +20,14 @@ def build_parser() -> Parser:
 
 
 def run(arguments: Sequence[str]) -> int:
-    parsed = build_parser().parse_args(arguments)
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse gives "section.key=value ..." only what stands before the first flag; the rest belongs there too.
+    settings = [word for word in rest if "=" in word and not word.startswith("-") and "overrides" in vars(parsed)]
+    if len(settings) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if settings:
+        parsed.overrides += settings
     return parsed.run(parsed)
 
 

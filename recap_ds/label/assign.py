@@ -236,11 +236,11 @@ def _place(shard_set: ShardSet, samples: _Samples, sample: int) -> str:
 def _check_counts(shard_set: ShardSet, ranked_task: Tensor, fraction: float) -> None:
     for task, name in enumerate(shard_set.manifest.tasks):
         total = int((ranked_task == task).sum())
-        if total and not 0 < num_positive(total, fraction) < total:
+        num = num_positive(total, fraction)
+        if total and not 0 < num < total:
             raise UsageError(
-                f"recap.positive_fraction: {fraction:g} of the {total} samples of task '{name}' that are not forced "
-                f"positive is {'none' if num_positive(total, fraction) == 0 else 'all'} of them; collect more, or "
-                "set a fraction that parts them"
+                f"recap.positive_fraction: task '{name}' has too few samples for {fraction:g}: of its {total} that are "
+                f"not forced positive, {num} would be; collect more, or set another fraction"
             )
 
 

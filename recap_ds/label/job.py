@@ -19,7 +19,6 @@ from recap_ds.data.assemble import Assembler
 from recap_ds.data.label_records import LabelRecord, LabelSettings, PrecisionName, ValuesRecord, check_tag
 from recap_ds.data.labels import (
     StoredValues,
-    labels_folder,
     load_label_record,
     open_values,
     read_label_record,
@@ -82,7 +81,16 @@ def open_label_job(export: Path, shards: str, tag: str, overrides: Sequence[str]
     assembler, tasks = open_held_out(policy.config, contract, tokenizer, shards)
     max_length = {name: contract.tasks[name].max_length for name in tasks}
     normalizer = Normalizer.from_dict(contract.normalizer)
-    return LabelJob(tag, policy, assembler, normalizer, ExportRecord.load(export), max_length)
+    job = LabelJob(tag, policy, assembler, normalizer, ExportRecord.load(export), max_length)
+    _rehearse(job)
+    return job
+
+
+def _rehearse(job: LabelJob) -> None:
+    """Pass 2 on made-up values: whatever the shards cannot bear is said before hours of inference, not after."""
+    nothing = np.zeros(job.shard_set.num_samples, np.float32)
+    stored = StoredValues(_values_record(job), nothing, nothing, np.arange(len(nothing)))
+    assign_labels(job.shard_set, stored, job.tag, label_settings(job.config))
 
 
 def finished_labels(job: LabelJob) -> LabelRecord | None:
@@ -119,8 +127,8 @@ def rethreshold(shards: str | Path, tag: str, new_tag: str, overrides: Sequence[
     check_keys(overrides, ASSIGN_KEYS, "does not change labels of stored values")
     shard_set = ShardSet.open(shards)
     old = read_label_record(shard_set, tag)
-    if labels_folder(shards, new_tag).exists():
-        raise UsageError(f"--new-tag {new_tag}: {labels_folder(shards, new_tag)} is there already; give another tag")
+    if load_label_record(shards, new_tag) is not None:
+        raise UsageError(f"--new-tag {new_tag}: there are labels of that tag already; give another")
     settings = old.settings
     before = [f"label.{name}={value}" for name, value in settings.label.model_dump().items()]
     before += [f"recap.positive_fraction={settings.positive_fraction}", f"recap.demos={settings.demos}"]
