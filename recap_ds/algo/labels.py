@@ -62,22 +62,13 @@ def sparse_time_reward(
     return total / normaliser.double()
 
 
-def n_step_advantage(
-    window_reward: Tensor, continues: Tensor, next_value: Tensor, value: Tensor, *, clip: bool = True
-) -> Tensor:
+def n_step_advantage(window_reward: Tensor, continues: Tensor, next_value: Tensor, value: Tensor) -> Tensor:
     """clip(window_reward + V(o_{t+n}), -1, 0) - V(o_t). ``next_value`` is not read where not ``continues``. All [B].
 
-    ``clip`` False is for environment rewards, whose values have no known range.
+    In a window to the end of a task that ended this is the Monte-Carlo advantage R_t - V(o_t).
     """
     target = window_reward.double() + torch.where(continues, next_value.double(), 0.0)
-    if clip:
-        target = target.clamp(-1.0, 0.0)
-    return (target - value.double()).float()
-
-
-def monte_carlo_advantage(returns: Tensor, values: Tensor) -> Tensor:
-    """R_t - V(o_t). [B], [B] -> [B]."""
-    return (returns.double() - values.double()).float()
+    return (target.clamp(-1.0, 0.0) - value.double()).float()
 
 
 def num_positive(num_samples: int, fraction: float) -> int:

@@ -32,6 +32,8 @@ def iterate(
             f"--iterations {num_iterations}: the recipe names {len(recipe.shards)} folder(s) of shards, one for each "
             "iteration; over the same shards the next would only repeat the last"
         )
+    for number in range(1, num_iterations + 1):
+        IterationFolder(out, number).check_tag(recipe, number)
     check_settings(out, recipe)
     return [_run_iteration(recipe, out, number, start, programs) for number in range(1, num_iterations + 1)]
 

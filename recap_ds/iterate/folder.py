@@ -17,7 +17,7 @@ from pathlib import Path
 from recap_ds.checkpoint.layout import BEST, CHECKPOINTS_NAME, LATEST, linked_step
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.label_records import LABELS_NAME
-from recap_ds.data.labels import labels_folder
+from recap_ds.data.labels import labels_folder, values_folder
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.files.atomic import write_file
 from recap_ds.iterate.recipe import IterationRecipe, TrainingJob
@@ -34,6 +34,15 @@ class IterationFolder:
         self.shards = self.path / "shards"
         self.labels = self.path / "labels"
         self._record = self.path / RECORD_NAME
+
+    def check_tag(self, recipe: IterationRecipe, number: int) -> None:
+        """UsageError where the shards have labels of that tag by another critic: the label job would refuse them."""
+        tag, shards = recipe.tag(number), Path(recipe.shards[number - 1])
+        if self.summary("critic") is not None:
+            return  # then they may be its own, and the label job knows
+        for folder in (values_folder(shards, tag), labels_folder(shards, tag)):
+            if folder.exists():
+                raise UsageError(f"{folder}: is there already, of another critic; choose another name: in the recipe")
 
     def start(self, recipe: IterationRecipe, number: int) -> None:
         """Link what the iteration starts from. What is linked already stays: ``latest`` may have moved since."""

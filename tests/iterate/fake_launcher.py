@@ -2,11 +2,14 @@
 
     python fake_launcher.py JOURNAL PROGRAM ARGUMENTS...
 
-``JOURNAL.fail`` names a job (critic, label, policy); the fake fails at it once, after half its work.
+``JOURNAL.fail`` names a job (critic, label, policy); the fake fails at it once, after half its work. While there is a
+``JOURNAL.wait``, a job trains until it is told to stop, and ends as a training run does that saved in time.
 """
 
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 
 
@@ -51,8 +54,12 @@ def label(journal, arguments):
 
 
 def main(journal, program, *arguments):
+    if Path(f"{journal}.wait").is_file():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     with open(journal, "a", encoding="utf-8") as file:
         file.write(json.dumps([Path(program).name, *arguments]) + "\n")
+    if Path(f"{journal}.wait").is_file():
+        time.sleep(60)
     return {"train.py": train, "label.py": label}[Path(program).name](journal, arguments)
 
 

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -178,7 +180,39 @@ def test_other_settings_need_another_folder(desk, capsys):
         "error: iterations/mw holds iterations with other settings: critic_start, label, policy.training.seed; "
         "choose another --out"
     )
-    assert desk.iterate("--iterations", "1", "--out", "other") == 0
+    desk.values["name"] = "other"
+    assert desk.iterate("--iterations", "1") == 0
+
+
+def test_labels_of_another_critic_are_in_the_way_before_a_new_one_trains(desk, capsys):
+    assert desk.iterate() == 0
+    desk.commands()
+    assert desk.iterate("--out", "again") == 2
+    assert "data/one/labels/mw-01: is there already" in one_line(capsys)
+    shutil.rmtree("data/one/labels")
+    assert desk.iterate("--out", "again") == 2
+    assert "data/two/labels/mw-02: is there already" in one_line(capsys)
+    assert desk.jobs() == []
+    assert not Path("again").exists()
+
+
+def test_a_warning_from_the_scheduler_reaches_the_job_and_the_driver_ends_after_it(desk):
+    desk.recipe.write_text(yaml.safe_dump(desk.values))
+    Path(f"{desk.journal}.wait").touch()
+    launcher = f"{sys.executable} {FAKE} {desk.journal}"
+    command = [sys.executable, "-m", "recap_ds.cli.main", "iterate", "--config", str(desk.recipe)]
+    with subprocess.Popen([*command, "--launcher", launcher], stderr=subprocess.PIPE, text=True) as driver:
+        while not desk.journal.is_file():
+            assert driver.poll() is None
+            time.sleep(0.05)
+        driver.terminate()
+        _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 1
+    assert "iteration 1: critic ended with exit code 75" in said and "Traceback" not in said
+    Path(f"{desk.journal}.wait").unlink()
+    desk.commands()
+    assert desk.iterate() == 0
+    assert desk.jobs() == ALL_JOBS
 
 
 def test_a_folder_of_shards_that_changed_its_place_is_refused(desk, capsys):
