@@ -61,18 +61,37 @@ class SweepDataset(Dataset):
         return self._assembler.stack(samples, arrays, draws, valid, damaged)
 
 
-def batches_of_shard(shard_set: ShardSet, shard: int, batch_size: int) -> Iterator[list[int]]:
-    first, end = int(shard_set.shard_starts[shard]), int(shard_set.shard_starts[shard + 1])
-    for start in range(first, end, batch_size):
-        yield list(range(start, min(start + batch_size, end)))
+class SweepBatches:
+    """Batch sampler: the sample ids of each batch, shard after shard in the order given."""
+
+    def __init__(self, shard_set: ShardSet, shards: Sequence[int], batch_size: int):
+        starts = shard_set.shard_starts
+        self._ranges = [range(int(starts[shard]), int(starts[shard + 1])) for shard in shards]
+        self._batch_size = batch_size
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        """Per shard, how many samples each of its batches has."""
+        return [[len(batch) for batch in self._split(ids)] for ids in self._ranges]
+
+    def __len__(self) -> int:
+        return sum(-(-len(ids) // self._batch_size) for ids in self._ranges)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for ids in self._ranges:
+            for batch in self._split(ids):
+                yield list(batch)
+
+    def _split(self, ids: range) -> Iterator[range]:
+        return (ids[first : first + self._batch_size] for first in range(0, len(ids), self._batch_size))
 
 
 def build_sweep_loader(
-    dataset: SweepDataset, batches: Sequence[list[int]], config: PiStarRECAPConfig, pin_memory: bool
+    dataset: SweepDataset, batches: SweepBatches, config: PiStarRECAPConfig, pin_memory: bool
 ) -> BatchLoader:
-    """``batches``: the sample ids of each; their order is the loader's, whatever data.num_workers is."""
+    """Batches in the order of ``batches``, whatever data.num_workers is. ``pin_memory``: a device will copy them."""
     options = worker_options(config.data) if config.data.num_workers else {}
-    return BatchLoader(dataset, batch_sampler=list(batches), collate_fn=_as_it_is, pin_memory=pin_memory, **options)
+    return BatchLoader(dataset, batch_sampler=batches, collate_fn=_as_it_is, pin_memory=pin_memory, **options)
 
 
 def _as_it_is(batch: TransitionBatch) -> TransitionBatch:

@@ -39,8 +39,16 @@ from recap_ds.models.pretrained import load_pretrained
 from recap_ds.processing.normalize import Normalizer
 from recap_ds.recipe import load_config
 
-# What may be set on the command line: the rest is the critic's, and values would no longer be in its units.
-OPEN_KEYS = ("label.", "recap.positive_fraction", "recap.demos", "data.", "training.use_amp")
+# What may be set on the command line: with anything else the critic would see, or measure, what it never learned.
+OPEN_KEYS = (
+    "label.",
+    "recap.positive_fraction",
+    "recap.demos",
+    "data.num_workers",
+    "data.prefetch_batches",
+    "data.max_damaged_fraction",
+    "training.use_amp",
+)
 ASSIGN_KEYS = ("label.lookahead", "label.source", "label.blend", "recap.positive_fraction", "recap.demos")
 # Ranks with fewer samples wait for the others at the end of pass 1.
 WAIT_SECONDS = 7 * 24 * 3600.0
@@ -65,8 +73,9 @@ class LabelJob(NamedTuple):
 
 def check_keys(overrides: Sequence[str], keys: Sequence[str], why: str) -> None:
     for text in overrides:
-        if not text.startswith(tuple(keys)):
-            raise UsageError(f"{text.partition('=')[0]}: {why}; only {', '.join(keys)} can be set here")
+        key = text.partition("=")[0]
+        if not any(key == known or (known.endswith(".") and key.startswith(known)) for known in keys):
+            raise UsageError(f"{key}: {why}; only {', '.join(keys)} can be set here")
 
 
 def open_label_job(export: Path, shards: str, tag: str, overrides: Sequence[str]) -> LabelJob:

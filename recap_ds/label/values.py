@@ -18,7 +18,7 @@ from recap_ds.batch import TransitionBatch, to_device
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.labels import values_path, write_values
 from recap_ds.data.shard_set import ShardSet
-from recap_ds.data.sweep import SweepDataset, batches_of_shard, build_sweep_loader
+from recap_ds.data.sweep import SweepBatches, SweepDataset, build_sweep_loader
 from recap_ds.models.inference_value import PredictedValues
 
 Predict = Callable[[TransitionBatch], PredictedValues]
@@ -54,12 +54,13 @@ def write_shard_values(
     report: Report,
 ) -> None:
     """One file per shard of ``shards``, each written when all of its samples are known."""
-    batches = [list(batches_of_shard(shard_set, shard, config.label.batch_size)) for shard in shards]
-    flat = [samples for of_shard in batches for samples in of_shard]
+    if not shards:
+        return
+    batches = SweepBatches(shard_set, shards, config.label.batch_size)
     # One loader over all shards: its workers read the next shard while this one is being written.
-    loader = iter(build_sweep_loader(dataset, flat, config, pin_memory=device.type != "cpu")) if flat else iter(())
-    for number, (shard, of_shard) in enumerate(zip(shards, batches, strict=True), start=1):
-        parts = [_predict_rows(next(loader), len(samples), predict, device) for samples in of_shard]
+    loader = iter(build_sweep_loader(dataset, batches, config, pin_memory=device.type != "cpu"))
+    for number, (shard, sizes) in enumerate(zip(shards, batches.sizes, strict=True), start=1):
+        parts = [_predict_rows(next(loader), size, predict, device) for size in sizes]
         value, advantage = (_join(column) for column in zip(*parts, strict=True))
         write_values(shard_set, folder, shard, value, advantage)
         report(f"values  {shard_set.manifest.shards[shard].name}  {number}/{len(shards)}")

@@ -147,6 +147,7 @@ def test_a_finished_job_is_recognised_and_another_refused(root, alone):
     ("critic", "override", "said"),
     [
         ("distributional", "value.c_fail=3", r"value\.c_fail: is settled by the critic"),
+        ("distributional", "data.cameras=[left]", r"data\.cameras: is settled by the critic"),
         ("distributional", "label.source=iql", "set distributional"),
         ("iql", "label.source=distributional", "set iql or blend"),
         ("distributional", "recap.positive_fraction=0.001", "too few samples"),

@@ -8,7 +8,7 @@ from recap_ds.batch import TransitionBatch
 from recap_ds.data.assemble import Assembler
 from recap_ds.data.labels import open_values, read_values, values_path
 from recap_ds.data.shard_set import ShardSet
-from recap_ds.data.sweep import SweepDataset, batches_of_shard
+from recap_ds.data.sweep import SweepBatches, SweepDataset
 from recap_ds.label.values import pending_shards, share_of_rank, write_shard_values
 from recap_ds.models.inference_value import PredictedValues
 from recap_ds.processing.normalize import Normalizer
@@ -50,7 +50,8 @@ def test_every_shard_is_one_ranks_and_the_load_is_even(shard_set):
 
 def test_a_sweep_shows_every_sample_once_and_pads_the_last_batch(shard_set, dataset):
     for shard, entry in enumerate(shard_set.manifest.shards):
-        batches = list(batches_of_shard(shard_set, shard, 6))
+        batches = list(SweepBatches(shard_set, [shard], 6))
+        assert len(batches) == len(SweepBatches(shard_set, [shard], 6))
         first, end = shard_set.shard_starts[shard : shard + 2]
         assert [sample for samples in batches for sample in samples] == list(range(first, end))
         last = dataset.batch(np.array(batches[-1]))
