@@ -57,6 +57,28 @@ def test_what_is_saved_comes_back(tmp_path, overrides):
     assert torch.equal(*actions)
 
 
+@pytest.mark.parametrize(
+    ("stage", "heads"),
+    [
+        ({"training": {"stage": "critic"}, "value": {"critic": "distributional"}}, ("critic",)),
+        ({"training": {"stage": "critic"}}, ("critic", "target_critic")),
+        ({"training": {"stage": "policy"}, "data": {"labels": "some"}}, ("action_expert",)),
+    ],
+    ids=["distributional", "iql", "policy"],
+)
+def test_every_stage_comes_back_with_the_heads_it_has(tmp_path, stage, heads):
+    policy = make_policy(**stage)
+    record = save_pretrained(policy, CONTRACT, tmp_path / "export")
+    assert record.heads == heads
+    loaded = load_pretrained(tmp_path / "export").policy
+    assert loaded.config == policy.config and same_parameters(policy, loaded)
+    with pytest.raises(UsageError, match="holds no"):
+        other = "critic" if "action_expert" in heads else "policy"
+        load_pretrained(
+            tmp_path / "export", [f"training.stage={other}", f"recap.sft={other == 'policy'}", "data.labels="]
+        )
+
+
 def test_only_a_vlm_without_the_conv_stem_is_for_transformers(tmp_path):
     for stem in (False, True):
         record = save_pretrained(make_policy(model={"conv_stem": stem}), None, tmp_path / str(stem))

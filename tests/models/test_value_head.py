@@ -1,0 +1,51 @@
+"""The distributional head: where it starts, what it reads, and float32 arithmetic over bfloat16 weights."""
+
+import torch
+from torch.nn import functional
+
+from recap_ds.algo.value_distribution import expected_value
+from recap_ds.models.value_head import BinsOutput, DistributionalCritic
+from recap_ds.models.vlm import PrefixFeatures
+from tests.tiny import tiny_config
+
+PREFIX_WIDTH, NUM_TOKENS, BATCH, NUM_BINS = 16, 7, 5, 201
+CONFIG = tiny_config()
+
+
+def build() -> DistributionalCritic:
+    torch.manual_seed(0)
+    return DistributionalCritic(CONFIG.model, PREFIX_WIDTH, CONFIG.max_state_dim, NUM_BINS)
+
+
+def inputs() -> tuple[PrefixFeatures, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(BATCH, NUM_TOKENS, PREFIX_WIDTH, generator=generator)
+    mask = torch.arange(NUM_TOKENS) < torch.tensor([[7], [3], [1], [5], [7]])
+    return PrefixFeatures(hidden, mask), torch.randn(BATCH, CONFIG.max_state_dim, generator=generator)
+
+
+def test_it_starts_almost_uniform_with_the_middle_value():
+    logits = build().v(*inputs())
+    assert logits.shape == (BATCH, NUM_BINS) and logits.dtype == torch.float32
+    assert (logits.log_softmax(dim=1).exp() * NUM_BINS - 1.0).abs().max() < 0.1
+    assert (expected_value(logits) + 0.5).abs().max() < 0.01
+
+
+def test_masked_tokens_change_nothing_and_real_ones_and_the_state_do():
+    critic = build()
+    prefix, state = inputs()
+    logits = critic.v(prefix, state)
+    dirty = PrefixFeatures(prefix.hidden.masked_fill(~prefix.mask[..., None], 9.0), prefix.mask)
+    assert torch.equal(critic.v(dirty, state), logits)
+    assert not torch.equal(critic.v(PrefixFeatures(prefix.hidden + prefix.hidden.flip(2), prefix.mask), state), logits)
+    assert not torch.equal(critic.v(prefix, state + 1.0), logits)
+
+
+def test_the_last_layer_is_float32_whatever_its_weights_are():
+    output = BinsOutput(8, NUM_BINS).bfloat16()
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    exact = functional.linear(x.double(), output.weight.double(), output.bias.double())
+    torch.testing.assert_close(output(x), exact.float(), rtol=1e-6, atol=1e-7)
+    critic = build().bfloat16()
+    prefix, state = inputs()
+    assert critic.v(PrefixFeatures(prefix.hidden.bfloat16(), prefix.mask), state).dtype == torch.float32
