@@ -5,7 +5,7 @@ offload, precision and communication, and nothing that stands here (``distribute
 Lengths of time are native frames or optimizer steps, spelled in the name; learning rates are peaks.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,7 +13,7 @@ from recap_ds.errors import UsageError
 
 SOURCES = ("demo", "auto", "intervention")
 SourceName = Literal["demo", "auto", "intervention"]
-Fraction = Field(ge=0.0, le=1.0)
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -137,7 +137,7 @@ class TrainingConfig(Section):
     # The cosine ends at this share of the peak.
     final_learning_rate_fraction: float = Field(0.1, ge=0, le=1)
     weight_decay: float = Field(1e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     use_amp: bool = True
     activation_checkpointing: bool = False
@@ -236,6 +236,10 @@ class PiStarRECAPConfig(Section):
     def frame_discount(self) -> float:
         """Discount of one native frame."""
         return self.iql.discount ** (1.0 / self.chunk_size)
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.model.action_expert_dropout > 0 or (self.lora.enabled and self.lora.dropout > 0)
 
     @property
     def indicator_warmup_steps(self) -> int:

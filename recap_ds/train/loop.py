@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from recap_ds.checkpoint.agreement import on_main
 from recap_ds.checkpoint.resume import find_checkpoint, load_checkpoint
 from recap_ds.checkpoint.save import save_checkpoint
 from recap_ds.data.loader import BatchLoader, build_train_loader
@@ -17,6 +18,7 @@ from recap_ds.errors import RunFailed, UsageError
 from recap_ds.train.evaluation import HeldOutEvaluation
 from recap_ds.train.logbook import Logbook, finite_or_none
 from recap_ds.train.metrics import StepMetrics
+from recap_ds.train.run_folder import RunFolder
 from recap_ds.train.session import Session
 from recap_ds.train.step import StepResult, record_skipped, take_step
 from recap_ds.train.timing import StepTimes
@@ -46,7 +48,7 @@ def train(session: Session) -> dict[str, Any]:
     held_out = HeldOutEvaluation(session)
     settings = config.model_dump(mode="json")
     with Logbook(plan.run, config.logging, config.training.num_training_steps, settings, plan.info.is_main) as logbook:
-        progress.wandb_id = logbook.open(progress.step, progress.wandb_id)
+        progress.wandb_id = on_main(session.runtime, lambda: logbook.open(progress.step, progress.wandb_id))
         announce(session, logbook, progress, held_out)
         evaluation = take_steps(session, progress, held_out, logbook)
     return finish(session, progress, evaluation)
@@ -118,9 +120,7 @@ def resume(session: Session) -> Progress:
         state, tensors = load_checkpoint(newest, runtime=runtime, engine=session.engine, shadows=session.shadows)
         progress = Progress(**state)
         session.ring.load_state_dict(tensors)
-    if runtime.info.is_main:
-        plan.run.forget_after(progress.step)
-    runtime.barrier()
+    on_main(runtime, lambda: plan.run.forget_after(progress.step))
     return progress
 
 
@@ -220,7 +220,11 @@ def finish(session: Session, progress: Progress, evaluation: dict[str, float]) -
         "replaced_samples": progress.replaced_samples,
         "evaluation": finite_or_none(evaluation),
     }
-    if session.runtime.info.is_main:
-        session.plan.run.finish(summary)
-    session.runtime.barrier()
+    on_main(session.runtime, lambda: close_run(session.plan.run, summary))
     return summary
+
+
+def close_run(run: RunFolder, summary: dict[str, Any]) -> None:
+    """Rank 0 only."""
+    run.finish(summary)
+    run.unlock()

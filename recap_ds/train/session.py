@@ -10,7 +10,9 @@ from typing import Any
 
 from recap_ds.algo.advantage import AdvantageRing
 from recap_ds.algo.returns import TaskScale, value_scale
+from recap_ds.checkpoint.agreement import on_main
 from recap_ds.checkpoint.base import base_folder, ensure_base
+from recap_ds.checkpoint.save import remove_unfinished
 from recap_ds.config import BatchSizes, PiStarRECAPConfig, batch_sizes
 from recap_ds.data.assemble import Assembler
 from recap_ds.data.loader import TransitionDataset
@@ -107,10 +109,7 @@ def start_session(plan: Plan) -> Session:
     """Collective: every rank must call."""
     config = plan.config
     runtime = start_runtime(plan.info)
-    if runtime.info.is_main:
-        plan.run.start(config, plan.ds_config, plan.sizes.total, plan.contract.manifest_hash)
-        plan.contract.save(plan.run.path)
-    runtime.barrier()
+    on_main(runtime, lambda: begin_run(plan))
     builder = ShardedBuilder(plan.ds_config, runtime.device)
     policy = PiStarRECAPPolicy(config, builder, vlm_folder=base_folder(plan.run.path))
     groups = policy.parameter_groups()
@@ -119,6 +118,14 @@ def start_session(plan: Plan) -> Session:
     ensure_base(plan.run.path, engine.module, config, runtime)
     ring = AdvantageRing(len(plan.tasks), config.recap.advantage_window, runtime.device)
     return Session(plan, runtime, engine, build_shadows(policy, config), ring, peak_rates)
+
+
+def begin_run(plan: Plan) -> None:
+    """Take the run folder for this process and write down what the run is. Rank 0 only."""
+    plan.run.lock()
+    remove_unfinished(plan.run.checkpoints)  # a full disk could hold nothing else
+    plan.run.start(plan.config, plan.ds_config, plan.sizes.total, plan.contract.manifest_hash)
+    plan.contract.save(plan.run.path)
 
 
 def build_shadows(policy: PiStarRECAPPolicy, config: PiStarRECAPConfig) -> dict[str, Shadow]:
