@@ -3,7 +3,7 @@ from setuptools import find_packages, setup
 setup(
     name="recap_ds",
     version="0.1.0",
-    description="RECAP for vision-language-action models on DeepSpeed ZeRO-3: labels, critics, exact resume, consolidation",
+    description="RECAP for vision-language-action models: a DeepSpeed ZeRO-3 trainer with critics and exact resume",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["recap_ds", "recap_ds.*"]),

@@ -144,6 +144,10 @@ class PiStarRECAPConfig(Section):
         return self.iql.discount ** (1.0 / self.chunk_size)
 
     @property
+    def has_dropout(self) -> bool:
+        return self.model.action_expert_dropout > 0 or (self.lora.enabled and self.lora.dropout > 0)
+
+    @property
     def indicator_warmup_steps(self) -> int:
         given = self.recap.indicator_warmup_steps
         return self.training.num_training_steps // 10 if given is None else given

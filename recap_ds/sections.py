@@ -5,12 +5,13 @@ frames or optimizer steps, spelled in the name; learning rates are peaks.
 """
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SOURCES = ("demo", "auto", "intervention")
 SourceName = Literal["demo", "auto", "intervention"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -148,7 +149,7 @@ class TrainingConfig(Section):
     # The cosine ends at this share of the peak.
     final_learning_rate_fraction: float = Field(0.1, ge=0, le=1)
     weight_decay: float = Field(1e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     use_amp: bool = True
     activation_checkpointing: bool = False

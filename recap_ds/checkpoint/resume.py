@@ -32,19 +32,27 @@ from recap_ds.errors import UsageError
 def find_checkpoint(checkpoints: Path, runtime: Runtime) -> Path | None:
     """The newest checkpoint that verifies, the same on every rank; rank 0 prints a line for each one it skips.
 
-    Collective: every rank must call.
+    None where there is none at all. UsageError where there are some and none verifies: a run that began anew would
+    write over them. Collective: every rank must call.
     """
     found = on_main(runtime, lambda: _newest_whole(checkpoints))
     return None if found is None else Path(found)
 
 
 def _newest_whole(checkpoints: Path) -> str | None:
+    reasons = []
     for folder in reversed(layout.step_folders(checkpoints).values()):
         problems = verify_checkpoint(folder)
         if not problems:
             return str(folder)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         print(f"checkpoint: skipped {folder.name}: {problems[0]}{more}", flush=True)
+        reasons.append(f"{folder.name}: {problems[0]}")
+    if reasons:
+        raise UsageError(
+            f"{checkpoints}: none of its checkpoints ({len(reasons)} tried) is whole, the newest is {reasons[0]}; "
+            "move this folder away to start over, or restore one of them"
+        )
     return None
 
 

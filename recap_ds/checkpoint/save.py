@@ -2,13 +2,15 @@
 
 Every rank writes its tiles and flushes them. Only when all have succeeded does rank 0 write ``state.json`` (with every
 file's size and checksum), rename the folder, move ``latest``, and remove what retention no longer keeps. A failure
-before the rename, on any rank, leaves everything as it was and raises the same error on every rank.
+before the rename, on any rank, leaves everything as it was, removes what was written so far (the disk may be full) and
+raises the same error on every rank.
 """
 
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from recap_ds.distributed.reduce import gather_flat
 from recap_ds.distributed.runtime import Runtime
 from recap_ds.distributed.shadows import Shadow
 from recap_ds.distributed.tiles import KEYS, local_tiles, read_adam_step, read_tile
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunFailed, UsageError
 from recap_ds.files.atomic import sync_folder
 from recap_ds.files.records import FileRecord, record_files
 from recap_ds.files.tensors import TensorSource, write_tensor_file
@@ -54,15 +56,6 @@ def save_checkpoint(
     Collective: every rank must call.
     """
     unfinished = checkpoints / layout.unfinished_name(step)
-    on_main(runtime, lambda: _start(checkpoints, unfinished))
-    adam_step = read_adam_step(engine)
-    path = unfinished / layout.rank_file_name(runtime.info.rank)
-    mine = on_every_rank(runtime, lambda: write_tile_file(path, _stored_tiles(engine, shadows)))
-    records = _gather_records(mine, runtime.device)
-    files = {layout.rank_file_name(rank): record for rank, record in enumerate(records)}
-    if keep.also_deepspeed:
-        save_native(engine, unfinished / layout.NATIVE_NAME)
-    runtime.barrier()
 
     def finish() -> str:
         _check_shared(unfinished, files)
@@ -73,15 +66,54 @@ def save_checkpoint(
         record.save(unfinished)
         return str(_commit(unfinished, checkpoints / layout.step_name(step)))
 
-    folder = Path(on_main(runtime, finish))
-    # From here on the checkpoint exists, whatever happens to links and old ones.
-    on_main(runtime, lambda: _publish(checkpoints, step, keep, best))
+    with _leaving_nothing_unfinished(unfinished, step, runtime):
+        on_main(runtime, lambda: _start(checkpoints, unfinished))
+        adam_step = read_adam_step(engine)
+        path = unfinished / layout.rank_file_name(runtime.info.rank)
+        mine = on_every_rank(runtime, lambda: write_tile_file(path, _stored_tiles(engine, shadows)))
+        records = _gather_records(mine, runtime.device)
+        files = {layout.rank_file_name(rank): record for rank, record in enumerate(records)}
+        if keep.also_deepspeed:
+            save_native(engine, unfinished / layout.NATIVE_NAME)
+        runtime.barrier()
+        folder = Path(on_main(runtime, finish))
+        # From here on the checkpoint exists, whatever happens to links and old ones.
+        on_main(runtime, lambda: _publish(checkpoints, step, keep, best))
     return folder
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Delete what a run that was killed while saving left behind, and what retention let go.
+
+    One process only, and while no run writes there. A folder that is not there holds nothing.
+    """
+    for folder in checkpoints.glob(".step_*"):
+        _try_remove(folder)
+
+
+@contextmanager
+def _leaving_nothing_unfinished(unfinished: Path, step: int, runtime: Runtime) -> Iterator[None]:
+    """Where saving fails, rank 0 removes what is there so far; a full disk or a read-only folder is named.
+
+    RunFailed and UsageError come out of an agreement: all ranks are here, so no rank still writes. Any other exception
+    may be one rank's alone: its folder stays until the next start.
+    """
+    try:
+        yield
+    except (RunFailed, UsageError) as error:
+        if runtime.info.is_main and unfinished.exists():
+            _try_remove(unfinished)
+        if isinstance(error, UsageError):
+            raise
+        raise RunFailed(
+            f"{unfinished.parent}: saving step {step} failed ({error}); free space there or make the folder writable, "
+            "then start the run again: it goes on from its newest checkpoint"
+        ) from error
 
 
 def _start(checkpoints: Path, unfinished: Path) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
-    _remove_hidden(checkpoints)
+    remove_unfinished(checkpoints)
     unfinished.mkdir()
 
 
@@ -182,17 +214,15 @@ def _publish(checkpoints: Path, step: int, keep: CheckpointConfig, best: bool) -
     sync_folder(checkpoints)
     for old in _no_longer_kept(checkpoints, step, keep):
         layout.hide_folder(old)
-    _remove_hidden(checkpoints)
+    remove_unfinished(checkpoints)
 
 
-def _remove_hidden(checkpoints: Path) -> None:
-    """Delete what retention let go, and what a run that was killed while saving left behind."""
-    for folder in checkpoints.glob(".step_*"):
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            # Network file systems refuse to delete what a process still has open; the next save tries again.
-            print(f"checkpoint: {folder} could not be removed ({error.strerror})", file=sys.stderr)
+def _try_remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        # Network file systems refuse to delete what a process still has open; the next save tries again.
+        print(f"checkpoint: {folder} could not be removed ({error.strerror})", file=sys.stderr)
 
 
 def _no_longer_kept(checkpoints: Path, step: int, keep: CheckpointConfig) -> list[Path]:

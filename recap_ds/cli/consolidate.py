@@ -6,6 +6,7 @@ from pathlib import Path
 from recap_ds.errors import RunFailed, UsageError
 
 GIB = 2**30
+MIN_SHARD_GIB, MAX_SHARD_GIB = 0.001, 1024.0
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -41,8 +42,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from recap_ds.checkpoint.consolidate import consolidate  # torch takes a second
 
-    if not args.max_shard_gib > 0:
-        raise UsageError(f"--max-shard-gib {args.max_shard_gib}: must be positive")
+    if not MIN_SHARD_GIB <= args.max_shard_gib <= MAX_SHARD_GIB:  # nan is in no range
+        raise UsageError(
+            f"--max-shard-gib {args.max_shard_gib}: give a size from {MIN_SHARD_GIB:g} to {MAX_SHARD_GIB:g} (GiB)"
+        )
     try:
         record = consolidate(
             args.checkpoint,

@@ -24,7 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     from recap_ds.checkpoint.on_demand import export_of
     from recap_ds.distributed.runtime import read_rank_info, start_runtime, stop_runtime
     from recap_ds.errors import UsageError
-    from recap_ds.evaluate.results import RESULTS_NAME, evaluate_dataset, open_held_out, results_table, write_results
+    from recap_ds.evaluate import results
     from recap_ds.models.pretrained import load_pretrained
     from recap_ds.processing.normalize import Normalizer
 
@@ -33,15 +33,17 @@ def run(arguments: Sequence[str]) -> int:
     policy, contract, tokenizer = load_pretrained(export, overrides=parsed.overrides)
     if contract is None:
         raise UsageError(f"--checkpoint {export}: was saved without a contract, so its units are not known")
-    assembler, tasks = open_held_out(policy.config, contract, tokenizer, parsed.shards)
+    assembler, tasks = results.open_held_out(policy.config, contract, tokenizer, parsed.shards)
+    out = Path(parsed.out) if parsed.out else export / results.RESULTS_NAME
+    if info.is_main:
+        results.check_writable(out)
     runtime = start_runtime(info)
     policy.to(runtime.device)
     normalizer = Normalizer.from_dict(contract.normalizer)
-    evaluation = evaluate_dataset(policy, assembler, tasks, normalizer, runtime)
+    evaluation = results.evaluate_dataset(policy, assembler, tasks, normalizer, runtime)
     if info.is_main:
-        out = Path(parsed.out) if parsed.out else export / RESULTS_NAME
-        write_results(out, parsed.checkpoint, parsed.shards, evaluation)
-        print(results_table(evaluation))
+        results.write_results(out, parsed.checkpoint, parsed.shards, evaluation)
+        print(results.results_table(evaluation))
         print(f"written: {out}")
     stop_runtime()
     return 0

@@ -32,7 +32,8 @@ def run(arguments: Sequence[str], quickstart: Path) -> int:
 
     info = read_rank_info()
     config = load_config(parsed.config or quickstart, parsed.overrides)
-    if parsed.config is None:
+    own_shards = any(text.startswith("data.shards=") for text in parsed.overrides)
+    if parsed.config is None and not own_shards:
         ensure_quickstart_shards(config, info)
     plan = plan_session(config, parsed.deepspeed, info)
     summary = plan.run.finished_summary()

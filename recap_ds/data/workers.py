@@ -1,7 +1,7 @@
 """Loader worker processes: how they start, and which signals reach them.
 
-Preemption (SIGTERM, SIGUSR1) and Ctrl-C are sent to whole process groups. The training process answers them by saving
-at the next step boundary, and needs its workers until then, so workers must not die of them; when it exits, they must.
+Preemption (SIGTERM, SIGUSR1) and Ctrl-C are sent to whole process groups. What to do about them is the training
+process's decision, and it may need its workers until it has done it: they ignore these signals, and die when it exits.
 """
 
 import atexit

@@ -6,6 +6,7 @@ ranks there are. With evaluation.batch_size only the shuffled-image gap changes:
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,18 @@ def evaluate_dataset(
     return summarise(collect_records(forward, batches, device), config, tasks, normalizer, constant)
 
 
+def check_writable(path: Path) -> None:
+    """UsageError where results could not be written: said before the evaluation, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {path}: cannot be written ({error.strerror})") from None
+
+
 def write_results(path: Path, checkpoint: str, shards: str, evaluation: dict[str, Any]) -> None:
     results = {"checkpoint": checkpoint, "dataset_path": shards, "dataset_evaluation": _finite_or_none(evaluation)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

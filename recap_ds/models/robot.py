@@ -6,10 +6,11 @@ An observation is a dict: ``observation/<camera>`` uint8 [height, width, 3] for 
     H chunk   S, A state and action dims of the robot
 """
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from recap_ds.batch import Observation
 from recap_ds.errors import UsageError
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.pretrained import load_pretrained
-from recap_ds.models.sampling import AdvantageName
+from recap_ds.models.sampling import AdvantageLevel, AdvantageName
 from recap_ds.processing.contract import RobotContract
 from recap_ds.processing.images import resize_with_padding
 from recap_ds.processing.normalize import Normalizer
@@ -56,6 +57,10 @@ class RobotPolicy:
         seed: int | None = None,
     ) -> np.ndarray:
         """Actions [H, A] float32 in the robot's units. ``seed`` makes the sampling repeatable."""
+        if advantage not in get_args(AdvantageLevel) and advantage is not None:
+            raise UsageError(f"advantage: {advantage!r} is not 'positive', 'negative' or None")
+        if not math.isfinite(guidance_beta):
+            raise UsageError(f"guidance_beta: {guidance_beta} is not a finite number")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         shape = (1, self._policy.config.chunk_size, self._policy.config.max_action_dim)
         chunk = self._policy.predict_action_chunk(
@@ -69,7 +74,7 @@ class RobotPolicy:
         return self._normalizer.actions.unnormalize(chunk[0].float().cpu().numpy())
 
     def act(self, observation: Mapping[str, Any], **options: Any) -> np.ndarray:
-        """Next action [A] of the current chunk; a new one is predicted when it is used up."""
+        """Next action [A] of the current chunk; a new one is predicted, with ``options``, when it is used up."""
         if not self._queue:
             self._queue.extend(self.predict_chunk(observation, **options))
         return self._queue.popleft()
@@ -82,7 +87,12 @@ class RobotPolicy:
         wanted = {*(f"observation/{name}" for name in contract.cameras), "observation/state", "prompt"}
         if missing := sorted(wanted - observation.keys()):
             raise UsageError(f"observation: '{missing[0]}' is missing; the policy was trained with {sorted(wanted)}")
-        state = np.asarray(observation["observation/state"], np.float32)
+        if not isinstance(observation["prompt"], str):
+            raise UsageError(f"prompt: expected text, got {observation['prompt']!r}")
+        try:
+            state = np.asarray(observation["observation/state"], np.float32)
+        except (TypeError, ValueError):
+            raise UsageError(f"observation/state: expected {contract.state_dim} numbers") from None
         if state.shape != (contract.state_dim,) or not np.isfinite(state).all():
             raise UsageError(
                 f"observation/state: expected {contract.state_dim} finite numbers, got shape {state.shape}"
@@ -101,7 +111,7 @@ class RobotPolicy:
     def _image(self, observation: Mapping[str, Any], camera: str) -> np.ndarray:
         """[3, P, P] uint8."""
         image = np.asarray(observation[f"observation/{camera}"])
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise UsageError(
                 f"observation/{camera}: expected uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
             )

@@ -13,7 +13,8 @@ from recap_ds.algo.flow_matching import euler, guided_velocity
 from recap_ds.models.dit_cross import DiTCrossExpert
 from recap_ds.models.vlm import PrefixFeatures
 
-AdvantageName = Literal["positive", "negative"] | None
+AdvantageLevel = Literal["positive", "negative"]
+AdvantageName = AdvantageLevel | None
 
 
 def sample_actions(

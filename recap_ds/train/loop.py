@@ -7,6 +7,7 @@ is a function of ``next_slot``. So an interrupted run continues as if it had not
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from recap_ds.checkpoint.agreement import on_main
 from recap_ds.checkpoint.resume import find_checkpoint, load_checkpoint
 from recap_ds.checkpoint.save import save_checkpoint
 from recap_ds.config import PiStarRECAPConfig
@@ -18,6 +19,7 @@ from recap_ds.train.evaluation import HeldOutEvaluation
 from recap_ds.train.gate import GATES, GateState
 from recap_ds.train.logbook import Logbook, finite_or_none
 from recap_ds.train.metrics import StepMetrics
+from recap_ds.train.run_folder import RunFolder
 from recap_ds.train.session import Session
 from recap_ds.train.step import StepResult, record_skipped, take_step
 from recap_ds.train.timing import StepTimes
@@ -54,7 +56,7 @@ def train(session: Session) -> dict[str, Any]:
     held_out = HeldOutEvaluation(session)
     settings = config.model_dump(mode="json")
     with Logbook(plan.run, config.logging, config.training.num_training_steps, settings, plan.info.is_main) as logbook:
-        progress.wandb_id = logbook.open(progress.step, progress.wandb_id)
+        progress.wandb_id = on_main(session.runtime, lambda: logbook.open(progress.step, progress.wandb_id))
         announce(session, logbook, progress, held_out)
         evaluation = take_steps(session, progress, held_out, logbook)
     return finish(session, progress, evaluation)
@@ -128,9 +130,7 @@ def resume(session: Session) -> Progress:
         progress = Progress.restore(state)
         if session.ring is not None:
             session.ring.load_state_dict(tensors)
-    if runtime.info.is_main:
-        plan.run.forget_after(progress.step)
-    runtime.barrier()
+    on_main(runtime, lambda: plan.run.forget_after(progress.step))
     return progress
 
 
@@ -220,7 +220,7 @@ def announce(session: Session, logbook: Logbook, progress: Progress, held_out: H
         f"batch: {sizes.total} = {sizes.micro} x {sizes.accumulation} accumulation x {sizes.world} ranks; "
         f"{held_out.num_samples} held-out samples"
     )
-    if session.engine.module.vlm.random_init:
+    if session.engine.module.vlm.random_init and not progress.step:
         fate = "frozen: nothing trains it" if config.model.freeze_vlm else "untrained: critics begin on empty features"
         logbook.say(f"warning: the VLM's weights are random and {fate}")
     logbook.say(f"{'continuing' if progress.step else 'starting'} {plan.run.path} at step {progress.step}")
@@ -238,7 +238,11 @@ def finish(session: Session, progress: Progress, evaluation: dict[str, float]) -
         "gate": asdict(progress.gate),
         "evaluation": finite_or_none(evaluation),
     }
-    if session.runtime.info.is_main:
-        session.plan.run.finish(summary)
-    session.runtime.barrier()
+    on_main(session.runtime, lambda: close_run(session.plan.run, summary))
     return summary
+
+
+def close_run(run: RunFolder, summary: dict[str, Any]) -> None:
+    """Rank 0 only."""
+    run.finish(summary)
+    run.unlock()

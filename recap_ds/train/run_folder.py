@@ -6,6 +6,7 @@
 Only rank 0 writes here; checkpoints have rules of their own (``checkpoint/``).
 """
 
+import fcntl
 import json
 import platform
 from importlib.metadata import version
@@ -56,7 +57,7 @@ class RunFolder:
             raise UsageError(
                 f"training.resume: never, but {self.path} holds a run; choose another name=, or training.resume=auto"
             )
-        started = json.loads(self._run.read_text(encoding="utf-8"))
+        started = _read_json(self._run)
         # Read as a config and not as plain YAML: keys that are newer than the run take their defaults.
         old = load_config(self.path / "config.yaml")
         keys = [
@@ -74,6 +75,20 @@ class RunFolder:
                 "or give the settings it was started with"
             )
 
+    def lock(self) -> None:
+        """UsageError where another process trains in this folder. Held until this process ends. Rank 0 only."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{self.path}: another process trains in this folder; wait for it, stop it, or choose another name="
+            ) from None
+
+    def unlock(self) -> None:
+        self._lock.close()
+
     def start(self, config: PiStarRECAPConfig, ds_config: dict, global_batch: int, manifest_hash: str) -> None:
         """Write down what this run is. Rank 0 only."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -90,7 +105,7 @@ class RunFolder:
 
     def finished_summary(self) -> dict | None:
         """The summary of a finished run; None while it is not."""
-        return json.loads(self._summary.read_text(encoding="utf-8")) if self._summary.is_file() else None
+        return _read_json(self._summary) if self._summary.is_file() else None
 
     def finish(self, summary: dict) -> None:
         write_file(self._summary, _json(summary))
@@ -98,9 +113,24 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drop metric lines of steps that a restart will take again, and one cut off in writing. Rank 0 only."""
         if self.metrics.is_file():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
             write_file(self.metrics, "".join(kept).encode())
+
+
+def _step_of(line: str) -> int | None:
+    """The step a line of metrics belongs to; None where it was cut off or damaged."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); restore it, or choose another name=") from None
 
 
 def _json(values: dict) -> bytes:

@@ -12,7 +12,9 @@ import torch
 
 from recap_ds.algo.advantage import AdvantageRing, AdvantageScale
 from recap_ds.algo.returns import TaskScale, value_scale
+from recap_ds.checkpoint.agreement import on_main
 from recap_ds.checkpoint.base import base_folder, ensure_base
+from recap_ds.checkpoint.save import remove_unfinished
 from recap_ds.checkpoint.start import StartPoint, check_start, fill_heads, find_start
 from recap_ds.checkpoint.tile_file import EMA, TARGET
 from recap_ds.config import BatchSizes, PiStarRECAPConfig, batch_sizes
@@ -130,10 +132,7 @@ def start_session(plan: Plan) -> Session:
     """Collective: every rank must call."""
     config = plan.config
     runtime = start_runtime(plan.info)
-    if runtime.info.is_main:
-        plan.run.start(config, plan.ds_config, plan.sizes.total, plan.contract.manifest_hash)
-        plan.contract.save(plan.run.path)
-    runtime.barrier()
+    on_main(runtime, lambda: begin_run(plan))
     builder = ShardedBuilder(plan.ds_config, runtime.device)
     policy = build_policy(plan, builder, runtime)
     groups = policy.parameter_groups()
@@ -164,6 +163,14 @@ def label_scale(plan: Plan, device: torch.device) -> AdvantageScale:
     infinite = torch.full((len(plan.tasks),), torch.inf, device=device)
     sigma = infinite if labels is None else torch.from_numpy(labels.sigma).to(device)
     return AdvantageScale(infinite, sigma, torch.zeros(len(plan.tasks), dtype=torch.bool, device=device))
+
+
+def begin_run(plan: Plan) -> None:
+    """Take the run folder for this process and write down what the run is. Rank 0 only."""
+    plan.run.lock()
+    remove_unfinished(plan.run.checkpoints)  # a full disk could hold nothing else
+    plan.run.start(plan.config, plan.ds_config, plan.sizes.total, plan.contract.manifest_hash)
+    plan.contract.save(plan.run.path)
 
 
 def build_shadows(policy: PiStarRECAPPolicy, config: PiStarRECAPConfig) -> dict[str, Shadow]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from recap_ds.algo.advantage import AdvantageScale, forced_positive
 from recap_ds.batch import TransitionBatch, to_device
 from recap_ds.checkpoint.tile_file import EMA, TARGET
+from recap_ds.data.draws import identity_of
 from recap_ds.distributed.engine import global_grad_norm, grad_norms_by_group, step_was_applied, zero_stale_gradients
 from recap_ds.distributed.reduce import gather_flat, sum_over_ranks
 from recap_ds.files.atomic import append_line
@@ -47,6 +48,10 @@ def take_step(
     scale = advantage_scale(session)
     counts = step_normalizers(micro_batches, session.runtime.device)
     warming_up = step < config.indicator_warmup_steps
+    if config.has_dropout:
+        # Dropout is the one thing drawn from torch's own generator: a function of (seed, step, rank), so that ranks
+        # differ and a resumed run draws what an uninterrupted one would have.
+        torch.manual_seed(identity_of("dropout", config.training.seed, step, session.runtime.info.rank))
 
     ring_rows, losses_finite = [], []
     for number, host_batch in enumerate(micro_batches):

@@ -166,7 +166,7 @@ def failing_rank(runtime: Runtime, folder: Path) -> dict:
         message = str(error)
     finally:
         save_module.write_tile_file = whole
-    before = sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith("."))
+    before = sorted(path.name for path in (folder / "checkpoints").iterdir()) if runtime.info.is_main else None
     latest = (folder / "checkpoints" / "latest").readlink().name
     runtime.barrier()  # nobody saves again before both have looked
     save(run, folder, 8, runtime, keep_last=1)

@@ -8,6 +8,7 @@ import pytest
 from recap_ds.checkpoint import layout
 from recap_ds.checkpoint.record import verify_checkpoint
 from recap_ds.checkpoint.resume import find_checkpoint
+from recap_ds.errors import UsageError
 from recap_ds.models.policy import PiStarRECAPPolicy
 from tests.checkpoint.hand_made import make_checkpoint, make_config
 
@@ -87,8 +88,16 @@ def test_half_written_folders_and_dead_links_are_no_checkpoints(checkpoints, run
     assert capsys.readouterr().out == ""
 
 
-def test_nothing_whole_is_nothing_to_resume(checkpoints, runtime, tmp_path):
+def test_damaged_ones_alone_are_not_written_over(checkpoints, runtime):
     for step in (1, 2):
         truncate(checkpoints / layout.step_name(step))
-    assert find_checkpoint(checkpoints, runtime) is None
+    with pytest.raises(UsageError, match=r"\(2 tried\) is whole, the newest is step_00000002: rank_00001") as caught:
+        find_checkpoint(checkpoints, runtime)
+    assert str(caught.value).startswith(f"{checkpoints}: ") and "\n" not in str(caught.value)
+    assert str(caught.value).endswith("move this folder away to start over, or restore one of them")
+
+
+def test_a_run_without_checkpoints_begins(runtime, tmp_path):
     assert find_checkpoint(tmp_path / "never_started", runtime) is None
+    (tmp_path / "empty" / layout.unfinished_name(1)).mkdir(parents=True)
+    assert find_checkpoint(tmp_path / "empty", runtime) is None

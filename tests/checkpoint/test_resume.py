@@ -1,5 +1,6 @@
 """Exact resume at the same layout, and the same training at another: two ranks wrote, one reads."""
 
+import errno
 import json
 import shutil
 
@@ -10,10 +11,10 @@ from safetensors.torch import load_file
 from recap_ds.checkpoint import save as save_module
 from recap_ds.checkpoint.base import base_folder, ensure_base
 from recap_ds.checkpoint.resume import load_checkpoint
-from recap_ds.checkpoint.save import save_checkpoint
+from recap_ds.checkpoint.save import remove_unfinished, save_checkpoint
 from recap_ds.config import CheckpointConfig
 from recap_ds.distributed.tiles import read_adam_step
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunFailed, UsageError
 from recap_ds.models.vlm_weights import checkpoint_tensors
 from recap_ds.recipe import load_config
 from tests.checkpoint.hand_made import KINDS, make_config
@@ -52,11 +53,16 @@ def test_one_rank_goes_on_where_two_stopped(two_ranks, runtime, kind, ds_name):
 
 def test_a_rank_that_fails_fails_all_and_changes_nothing(two_ranks):
     for result in (rank["failure"] for rank in two_ranks[1]):
-        assert result["message"].startswith("rank 1: ") and result["message"].endswith("No space left on device")
-        assert result["before"] == ["best", "latest", "step_00000002", "step_00000004"]
+        checkpoints = two_ranks[0] / "failure" / "checkpoints"
+        path = checkpoints / ".step_00000006.unfinished" / "rank_00001.safetensors"
+        assert result["message"].startswith(
+            f"{checkpoints}: saving step 6 failed (rank 1: {path}: No space left on device); free space"
+        )
         assert result["latest"] == "step_00000004"
         # keep_last=1, and the best; nothing hidden is left either
         assert result["after"] == ["best", "latest", "step_00000002", "step_00000008"]
+    # Rank 0 has removed the unfinished folder by the time it raises.
+    assert two_ranks[1][0]["failure"]["before"] == ["best", "latest", "step_00000002", "step_00000004"]
 
 
 def test_a_random_frozen_vlm_is_written_once_and_read_from_then_on(two_ranks, runtime):
@@ -123,6 +129,38 @@ def test_averages_must_match(two_ranks, one_rank, runtime):
         load_checkpoint(path, runtime=runtime, engine=one_rank.engine, shadows=target)
 
 
+@pytest.mark.parametrize("writes", ["write_tile_file", "write_tensor_file", "sync_folder"])
+def test_a_full_disk_is_named_and_not_filled_further(one_rank, runtime, tmp_path, monkeypatch, writes):
+    whole = getattr(save_module, writes)
+
+    def full_disk(path, *arguments):
+        whole(path, *arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")  # a write's own error names no file
+
+    monkeypatch.setattr(save_module, writes, full_disk)
+    with pytest.raises(RunFailed) as caught:
+        save(one_rank, tmp_path, 1, runtime)
+    assert str(caught.value) == (
+        f"{tmp_path}: saving step 1 failed (No space left on device); free space there or make the folder writable, "
+        "then start the run again: it goes on from its newest checkpoint"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(one_rank, runtime, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFailed, match=r"^.*/file/checkpoints: saving step 1 failed \(.*Not a directory\); free"):
+        save(one_rank, tmp_path / "file" / "checkpoints", 1, runtime)
+
+
+def test_what_killed_runs_left_is_removed_and_the_rest_stays(tmp_path):
+    for name in (".step_00000001.unfinished/deepspeed", ".step_00000002.removed", "step_00000003"):
+        (tmp_path / name).mkdir(parents=True)
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+    remove_unfinished(tmp_path / "never_started")
+
+
 def test_a_folder_that_ranks_do_not_share_is_said_so(one_rank, runtime, tmp_path, monkeypatch):
     whole = save_module.write_tile_file
 
@@ -134,7 +172,7 @@ def test_a_folder_that_ranks_do_not_share_is_said_so(one_rank, runtime, tmp_path
     monkeypatch.setattr(save_module, "write_tile_file", elsewhere)
     with pytest.raises(UsageError, match="file system that all nodes share"):
         save(one_rank, tmp_path, 1, runtime)
-    assert not (tmp_path / "latest").exists() and not (tmp_path / "step_00000001").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sharded_policy_does_not_save_itself(one_rank, tmp_path):

@@ -43,6 +43,7 @@ def one_line(capsys) -> str:
         (["chunk_size=20"], "chunk_size"),
         (["training.global_batch_size=24"], "32 would be"),
         (["training.use_amp=maybe"], "training.use_amp"),
+        (["training.betas=[1.5, 2]"], "training.betas"),
         (["data.mixture={demo: 1, auto: 0.0001}"], "auto"),
         (["value.max_length={fly: 3}"], "unknown task 'fly'"),
         (["model.max_prompt_tokens=4"], "model.max_prompt_tokens"),
@@ -87,6 +88,13 @@ def test_a_missing_checkpoint_or_export_ends_in_one_line(tmp_path, shards, capsy
     assert "none" in one_line(capsys)
     assert recap_ds(["consolidate"]) == 2
     one_line(capsys)
+
+
+def test_quickstart_shards_are_made_only_where_the_recipe_says(tmp_path, capsys):
+    wanted = tmp_path / "mine"
+    assert train.main(["--deepspeed", ZERO3, f"data.shards={wanted}"], QUICKSTART) == 2
+    assert "mine/manifest.json: missing" in one_line(capsys)
+    assert not wanted.exists()
 
 
 def launch(command: list[str], folder: Path, timeout: float = 240.0) -> subprocess.CompletedProcess:

@@ -1,11 +1,13 @@
 """What the launcher's variables mean."""
 
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
-import torch
 
-from recap_ds.distributed.runtime import RankInfo, read_rank_info, start_runtime
+from recap_ds.distributed.runtime import RankInfo, read_rank_info
 from recap_ds.errors import UsageError
 
 LAUNCHED = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -48,14 +50,16 @@ def test_a_missing_meeting_point_is_named(name):
         read_rank_info({key: value for key, value in LAUNCHED.items() if key != name})
 
 
-def test_a_taken_port_is_named(monkeypatch):
+def test_a_taken_port_is_named():
+    join = "from recap_ds.distributed.runtime import *; start_runtime(read_rank_info(), timeout_seconds=5)"
     with socket.socket() as other_job:
         other_job.bind(("127.0.0.1", 0))
         other_job.listen()
         port = str(other_job.getsockname()[1])
-        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-        for name, value in (launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(UsageError, match=rf"MASTER_PORT {port} is taken.*--master_port"):
-            start_runtime(read_rank_info(), timeout_seconds=5)
-    assert not torch.distributed.is_initialized()
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+        environment = os.environ | launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        # A process of its own: DeepSpeed joins one group per process, whatever it is asked later.
+        command = [sys.executable, "-c", join]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert f"UsageError: MASTER_PORT {port} is taken" in done.stderr and "--master_port" in done.stderr

@@ -87,12 +87,21 @@ def test_act_walks_through_one_chunk(robot):
         ({"observation/state": np.array([0.0, np.nan, 0.0])}, "expected 3 finite numbers"),
         ({"observation/front": np.zeros((48, 64, 3))}, "observation/front: expected uint8"),
         ({"observation/front": np.zeros((48, 64), np.uint8)}, "observation/front: expected uint8"),
+        ({"observation/state": "abc"}, "observation/state: expected 3 numbers"),
+        ({"observation/front": np.zeros((0, 64, 3), np.uint8)}, "observation/front: expected uint8"),
+        ({"prompt": None}, "prompt: expected text"),
         ({"prompt": "a prompt far too long for this policy"}, "model.max_prompt_tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused(robot, changes, said):
     with pytest.raises(UsageError, match=said):
         robot.predict_chunk(observation(**changes))
+
+
+@pytest.mark.parametrize("options", [{"advantage": "postive"}, {"guidance_beta": float("nan")}])
+def test_wrong_options_are_refused(robot, options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        robot.predict_chunk(observation(), **options)
 
 
 def test_a_missing_camera_is_refused(robot):

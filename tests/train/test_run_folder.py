@@ -145,3 +145,30 @@ def test_forgetting_drops_later_and_torn_lines(start):
     assert run.metrics.read_text() == "\n".join(written[:4]) + "\n"
     run.forget_after(0)
     assert run.metrics.read_text() == ""
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    config = tiny_config(name="run", runs_dir=str(tmp_path))
+    first, second = RunFolder(config), RunFolder(config)
+    first.lock()
+    with pytest.raises(UsageError, match="another process trains in this folder"):
+        second.lock()
+    first.unlock()
+    second.lock()
+
+
+@pytest.mark.parametrize("name", ["run.json", "summary.json"])
+def test_damaged_run_files_are_named(start, tmp_path, name):
+    config = start()
+    (tmp_path / "run" / name).write_text("{ not json")
+    with pytest.raises(UsageError, match=rf"{name}: cannot be read"):
+        check(config)
+        RunFolder(config).finished_summary()
+
+
+def test_a_damaged_line_of_metrics_is_dropped(start, tmp_path):
+    run = RunFolder(start())
+    lines = ['{"step": 1, "a": 1}\n', "garbage\n", "[]\n", '{"step": 2}\n', '{"step": 3}\n', '{"step": 2']
+    run.metrics.write_text("".join(lines))
+    run.forget_after(2)
+    assert run.metrics.read_text() == lines[0] + lines[3]

@@ -30,7 +30,8 @@ ZERO3 = str(REPOSITORY / "ds_configs" / "zero3.json")
 GLOBAL_BATCH = 8
 VLM = {
     "full": {"model": {"freeze_vlm": False}},
-    "lora": {"lora": {"enabled": True, "rank": 4}},
+    # With dropout, so that an exact resume is seen to hold for what torch itself draws.
+    "lora": {"lora": {"enabled": True, "rank": 4, "dropout": 0.1}, "model": {"action_expert_dropout": 0.1}},
     "frozen": {},
 }
 

@@ -142,9 +142,13 @@ def camera_name(key: str) -> str:
 
 def _image_sides(key: str, feature: dict[str, Any], info_path: Path) -> tuple[int, int]:
     """Height and width of [H, W, 3] or [3, H, W]; the names say which, else the place of the 3."""
-    shape, names = feature.get("shape") or [], feature.get("names") or []
-    if len(shape) != 3 or 3 not in (shape[0], shape[2]):
-        raise UsageError(f"{info_path}: {key} has shape {shape}; a camera is [height, width, 3] or [3, height, width]")
+    shape, names = feature.get("shape"), feature.get("names")
+    whole = isinstance(shape, list) and len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)
+    if not whole or 3 not in (shape[0], shape[2]):
+        raise UsageError(
+            f"{info_path}: {key} has shape {shape!r}; a camera is [height, width, 3] or [3, height, width], "
+            "in whole numbers"
+        )
     named = isinstance(names, list) and len(names) == 3
     channels_first = str(names[0]).startswith("channel") if named else shape[2] != 3
     return (shape[1], shape[2]) if channels_first else (shape[0], shape[1])

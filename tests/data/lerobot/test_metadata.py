@@ -63,6 +63,16 @@ def test_channels_may_come_first(root, names):
     assert (camera.height, camera.width) == (HEIGHT, WIDTH)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [["a", "b", 3], [8, 8.5, 3], [True, 8, 3], [0, 8, 3], [8, -8, 3], [8, 8], [8, 8, 4], [[3], 8, 3], 3, "883", None],
+)
+def test_a_camera_of_no_size_is_refused(root, shape):
+    edit_json(root / "meta/info.json", lambda info: info["features"][CAMERA].update(shape=shape))
+    with pytest.raises(UsageError, match=rf"info\.json: {CAMERA} has shape .*; a camera is \[height, width, 3\]"):
+        load_metadata(root)
+
+
 def test_depth_maps_are_left_out_and_named(root):
     depth = {"dtype": "video", "shape": [8, 8, 1], "names": None, "info": {"video.is_depth_map": True}}
     edit_json(root / "meta/info.json", lambda info: info["features"].update({"observation.images.depth": depth}))
