@@ -122,6 +122,32 @@ def test_a_wrong_override_is_refused_in_one_line(override, expected):
         (["model.conv_stem=true"], "model.conv_stem: only the tiny VLM has one"),
         (["data.mixture.demo=0"], "data.mixture: no source has a positive weight"),
         (["model.qv_num_heads=7"], "model.qv_{hidden_size,num_heads}: 512 does not divide into 7 heads"),
+        (["value.critic=distributional"], "value.critic: distributional is trained in stage critic"),
+        (
+            ["training.stage=critic", "value.critic=distributional", "value.reward=environment"],
+            "value.critic: distributional learns sparse_time returns",
+        ),
+        (["training.stage=policy"], "data.labels: stage policy needs the tag of labels"),
+        (["data.labels=mine"], "data.labels: only stage policy reads it, and training.stage is joint"),
+        (["training.stage=critic", "recap.sft=true"], "recap.sft: only stage policy reads it"),
+        (["training.stage=policy", "recap.sft=true", "data.labels=mine"], "recap.sft: takes every sample as positive"),
+        (
+            ["training.stage=policy", "recap.sft=true", "recap.policy_extraction=both"],
+            "recap.sft: has no advantages to weigh with",
+        ),
+        (
+            ["training.stage=policy", "recap.sft=true", "model.freeze_vlm=false", "model.stop_gradient=true"],
+            "model.stop_gradient: in stage policy nothing else trains the VLM",
+        ),
+        (
+            ["training.stage=policy", "recap.sft=true", "evaluation.gate=mae"],
+            "evaluation.gate: stage policy has no value function to take 'mae' of",
+        ),
+        (["evaluation.gate=nll"], "evaluation.gate: nll is a figure of value.critic=distributional"),
+        (
+            ["training.early_stop_evaluations=3", "data.held_out_fraction=0"],
+            "training.early_stop_evaluations: needs held-out episodes",
+        ),
     ],
 )
 def test_rules_between_keys_name_them(overrides, expected):
@@ -151,6 +177,20 @@ def test_derived_values():
     assert config.frame_discount**5 == pytest.approx(0.9)
     assert config.indicator_warmup_steps == 3000
     assert PiStarRECAPConfig(recap={"indicator_warmup_steps": 0}).indicator_warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "heads", "by_td"),
+    [
+        ([], ("action_expert", "critic", "target_critic"), True),
+        (["training.stage=critic"], ("critic", "target_critic"), True),
+        (["training.stage=critic", "value.critic=distributional"], ("critic",), False),
+        (["training.stage=policy", "data.labels=mine"], ("action_expert",), False),
+    ],
+)
+def test_a_stage_says_what_it_builds_and_reads(overrides, heads, by_td):
+    config = load_config(None, overrides)
+    assert config.heads == heads and config.learns_by_td == by_td
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import torch
 
 from recap_ds.batch import CONTROL_IDS, NUM_AUGMENTATION_DRAWS, OUTCOME_IDS, SOURCE_IDS
 from recap_ds.data.assemble import Assembler, BatchDraws
+from recap_ds.data.labels import LabelSet
+from recap_ds.data.sample import check_data_matches
 from recap_ds.errors import UsageError
 from recap_ds.processing.normalize import Affine, Normalizer
 from recap_ds.processing.tokens import ByteTokenizer, encode_prompts
@@ -14,19 +16,19 @@ from tests.data.tiny_shards import flat_episode, scale_of, tiny_config, write_ti
 G = 0.99 ** (1 / 4)  # per frame, of a chunk of 4
 
 
-def assembler_of(shard_set, config) -> Assembler:
+def assembler_of(shard_set, config, labels=None) -> Assembler:
     normalizer = Normalizer(
         "mean_std",
         Affine(np.zeros(3, np.float32), np.ones(3, np.float32), 4),
         Affine(np.zeros(2, np.float32), np.ones(2, np.float32), 3),
     )
-    return Assembler(shard_set, config, ByteTokenizer(), normalizer, scale_of(config, shard_set.manifest))
+    return Assembler(shard_set, config, ByteTokenizer(), normalizer, scale_of(config, shard_set.manifest), labels)
 
 
-def batch_of(shard_set, frames: list[int], config=None, valid=None):
+def batch_of(shard_set, frames: list[int], config=None, valid=None, labels=None):
     """The samples at ``frames`` of a folder that holds one episode."""
     config = config or tiny_config()
-    assembler = assembler_of(shard_set, config)
+    assembler = assembler_of(shard_set, config, labels)
     samples = np.array([int(np.flatnonzero(shard_set.table.frame == frame)[0]) for frame in frames])
     size = len(samples)
     draws = BatchDraws(
@@ -141,3 +143,48 @@ def test_a_prompt_that_does_not_fit_stops_at_start(tmp_path):
     shard_set = write_tiny(tmp_path, [flat_episode(0, 7)])
     with pytest.raises(UsageError, match=r"model\.max_prompt_tokens: 8 is too few"):
         assembler_of(shard_set, tiny_config(model={"max_prompt_tokens": 8}))
+
+
+def test_labels_are_the_samples_own_and_zeros_without_any(tmp_path):
+    shard_set = write_tiny(tmp_path, [flat_episode(0, 7)])
+    plain = batch_of(shard_set, [5, 0])
+    close(plain.label_indicator, [0, 0])
+    close(plain.label_advantage, [0.0, 0.0])
+    frame = shard_set.table.frame
+    labels = LabelSet(None, 0.1 * frame.astype(np.float32), frame.astype(np.int64) % 3, np.ones(1, np.float32))
+    batch = batch_of(shard_set, [5, 0, 3], labels=labels)
+    assert batch.label_indicator.dtype == torch.int64
+    close(batch.label_indicator, [2, 0, 0])
+    close(batch.label_advantage, [0.5, 0.0, 0.3])
+
+
+def test_a_takeover_is_charged_to_every_frame_before_it_and_to_the_window_that_ends_in_it(tmp_path):
+    # 10 frames, the human has 5..9. Half of L = 10 frames is charged to frame 4, the policy's last.
+    shard_set = write_tiny(tmp_path, [flat_episode(0, 10, source="intervention", human=slice(5, 10))])
+    free, charged = (
+        batch_of(shard_set, [0, 1, 4, 5], tiny_config(value={"takeover_penalty": penalty})) for penalty in (0.0, 0.5)
+    )
+    close(free.mc_return, [-0.9, -0.8, -0.5, -0.4])
+    close(charged.mc_return, [-1.0, -1.0, -1.0, -0.4])
+    # The window of 0 ends one frame before the takeover.
+    close(charged.chunk_reward[:1], free.chunk_reward[:1].tolist())
+    close(charged.chunk_reward[1:3] - free.chunk_reward[1:3], [-(G**3) * 0.5, -0.5])
+    close(charged.chunk_reward[3:], free.chunk_reward[3:].tolist())
+
+
+def test_a_stage_without_td_reads_no_next_observation(tmp_path):
+    shard_set = write_tiny(tmp_path, [flat_episode(0, 9)], store_next=False, td_horizon=3)
+    for stage in (
+        {"training": {"stage": "critic"}, "value": {"critic": "distributional"}},
+        {"training": {"stage": "policy"}, "data": {"labels": "some"}},
+    ):
+        config = tiny_config(**stage)
+        check_data_matches(config, shard_set.manifest)
+        batch = batch_of(shard_set, [0, 4], config)
+        assert not batch.next_observation.images.any() and batch.observation.images.any()
+        close(batch.mc_return, [-8 / 9, -4 / 9])
+    with pytest.raises(UsageError, match=r"chunk_size: 4 differs"):
+        check_data_matches(tiny_config(training={"stage": "critic"}), shard_set.manifest)
+    iql = tiny_config(training={"stage": "critic"}, iql={"horizon": "manifest"})
+    with pytest.raises(UsageError, match=r"training\.stage: critic trains critics by TD.*no next observations"):
+        check_data_matches(iql, shard_set.manifest)

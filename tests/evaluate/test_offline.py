@@ -9,6 +9,8 @@ from recap_ds.batch import OUTCOME_IDS, SOURCE_IDS
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.baseline import MeanActions
 from recap_ds.evaluate.offline import action_errors, flat_metrics, summarise, value_figures
+from recap_ds.evaluate.results import results_table
+from recap_ds.train.gate import GATES
 from tests.evaluate.hand_made import (
     CENTER,
     HORIZON,
@@ -224,3 +226,56 @@ def test_flat_metrics_are_numbers_with_the_names_of_training():
     assert {f"eval/{name}" for name in names} <= metrics.keys()
     assert metrics.keys() >= {"eval/action_error/demo_and_human", "eval/action_error_ratio/all"}
     assert all(isinstance(number, float) for number in metrics.values())
+
+
+# -- stages that have half of it --------------------------------------------------------------------------------
+
+NO_POLICY = {"flow_loss": None, "actions": None, "unconditioned_actions": None}
+NO_VALUES = {"q": None, "v": None, "v_shuffled": None, "q_loss": None, "v_loss": None}
+
+
+def judged(records, **sections) -> dict:
+    return summarise(records, PiStarRECAPConfig(**sections), TASKS, normalizer(), None)
+
+
+def test_a_distributional_critic_is_judged_by_its_likelihoods():
+    known = np.arange(12) % 3 != 0
+    records = make_records(mc_valid=known, **NO_POLICY)._replace(q=None, q_loss=None)
+    stage = {"training": {"stage": "critic"}, "value": {"critic": "distributional"}}
+    result = judged(records, **stage)
+    nll = records.v_loss[known].mean()
+    assert result["total_loss"] == result["v_loss"] == result["value"]["all"]["nll"] == pytest.approx(nll)
+    cup = records.v_loss[known & (records.task == 1)].mean()
+    assert result["value"]["tasks"]["cup"]["nll"] == pytest.approx(cup)
+    for name in ("policy_loss", "q_loss", "q_values", "advantages", "flow_loss", "actions"):
+        assert result[name] is None, name
+    metrics = flat_metrics(result)
+    assert metrics["eval/loss"] == metrics["eval/value_nll"] == pytest.approx(nll)
+    assert {gate.metric for gate in GATES.values()} <= metrics.keys()
+    json.dumps(result, allow_nan=False)
+    assert "value  cup " in results_table(result)
+
+
+def test_an_iql_critic_alone_sums_its_two_losses():
+    records = make_records(**NO_POLICY)
+    weights = {"v_loss_weight": 0.5, "q_loss_weight": 2.0}
+    result = judged(records, training={"stage": "critic"}, iql=weights)
+    td = records.td_valid
+    assert result["total_loss"] == pytest.approx(0.5 * records.v_loss[td].mean() + 2.0 * records.q_loss[td].mean())
+    assert result["value"]["all"]["nll"] is None and "eval/value_nll" not in flat_metrics(result)
+
+
+@pytest.mark.parametrize("recap", [{}, {"sft": True}])
+def test_a_policy_alone_is_judged_by_its_actions(recap):
+    records = make_records(**NO_VALUES)
+    labels = {} if recap else {"labels": "mine"}
+    config = PiStarRECAPConfig(training={"stage": "policy"}, recap=recap, data=labels)
+    result = summarise(records, config, TASKS, normalizer(), CONSTANT)
+    whole = summary_of(make_records())
+    assert result["policy_loss"] == whole["policy_loss"] and result["actions"] == whole["actions"]
+    assert result["value"] is None and result["v_values"] is None
+    # Fine-tuning never saw the negative indicator: how it does with it says nothing.
+    gap = None if recap else whole["flow_loss"]["conditioning_gap"]
+    assert result["flow_loss"]["conditioning_gap"] == gap
+    assert not any("value" in name for name in flat_metrics(result))
+    assert not any(line.startswith("value") for line in results_table(result).splitlines())

@@ -1,10 +1,12 @@
 """The loop's own decisions: when a run must stop. Gates: test_gate.py. Whole runs: test_training.py."""
 
+import itertools
 import json
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.train import loop
@@ -62,3 +64,72 @@ def test_progress_comes_back_from_a_checkpoint():
     assert Progress.restore(json.loads(json.dumps(asdict(progress)))) == progress
     before_gates = {name: value for name, value in asdict(progress).items() if name != "gate"} | {"best_loss": 0.5}
     assert Progress.restore(before_gates).gate == GateState("loss", 0.5, 0)
+
+
+class FakeHeldOut:
+    """Held-out evaluations whose loss is known beforehand."""
+
+    num_samples = 1
+
+    def __init__(self, losses: list[float]):
+        self.left = list(losses)
+
+    def run(self) -> dict[str, float]:
+        return {"eval/loss": self.left.pop(0)}
+
+
+class FakeLogbook:
+    def __init__(self):
+        self.said = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def tick(self) -> None: ...
+
+
+@pytest.fixture
+def run_steps(monkeypatch):
+    """``take_steps`` around steps that do nothing: (progress, losses) -> (last evaluation, saves, logbook)."""
+    metrics = SimpleNamespace(summarise=lambda batch, output: {"data/replaced_samples": 0})
+    monkeypatch.setattr(loop, "StepMetrics", lambda *_: metrics)
+    monkeypatch.setattr(loop, "build_loader", lambda *_: itertools.repeat(None))
+    applied = SimpleNamespace(applied=True, batch=None, output=None)
+    monkeypatch.setattr(loop, "take_step", lambda *_, **__: applied)
+    monkeypatch.setattr(loop, "step_figures", lambda *_: {})
+    saves = []
+    monkeypatch.setattr(loop, "save", lambda session, progress, best: saves.append((progress.step, best)))
+
+    def run(progress: Progress, losses: list[float], **training):
+        config = tiny_config(
+            training={"num_training_steps": 20, **training},
+            evaluation={"every_steps": 2},
+            checkpoint={"save_every_steps": 5},
+        )
+        sizes = SimpleNamespace(accumulation=1, total=8)
+        plan = SimpleNamespace(config=config, sizes=sizes, tasks=[], run=RunFolder(config))
+        session = SimpleNamespace(plan=plan, runtime=SimpleNamespace(device=torch.device("cpu")))
+        logbook = FakeLogbook()
+        return loop.take_steps(session, progress, FakeHeldOut(losses), logbook), saves, logbook
+
+    return run
+
+
+def test_a_run_that_gets_no_better_stops_early_and_saves_where_it_stopped(run_steps):
+    progress = Progress()
+    evaluation, saves, logbook = run_steps(progress, [3.0, 2.0, 2.5, 2.5], early_stop_evaluations=2)
+    assert progress.step == 8 and evaluation == {"eval/loss": 2.5}
+    assert saves == [(2, True), (4, True), (5, False), (8, False)]
+    assert progress.gate == GateState("loss", 2.0, 2)
+    assert [line for line in logbook.said if "stopping at step 8" in line and "at 2.0000" in line]
+    # Started again after that save, it takes no further step.
+    evaluation, again, _ = run_steps(Progress.restore(asdict(progress)), [2.5], early_stop_evaluations=2)
+    assert evaluation == {"eval/loss": 2.5} and again == saves
+
+
+def test_without_patience_a_run_goes_to_its_end(run_steps):
+    progress = Progress()
+    run_steps(progress, [2.0, *[3.0] * 9])
+    assert progress.step == 20 and progress.gate.evaluations_since_best == 9

@@ -9,6 +9,7 @@ import torch
 from recap_ds.algo.advantage import INDICATOR_IDS
 from recap_ds.algo.iql import MAX_EXTRACTION_WEIGHT
 from recap_ds.batch import SOURCE_IDS
+from recap_ds.models.losses import TrainOutput
 from recap_ds.train.metrics import StepMetrics
 from tests.tiny import random_batch, tiny_config
 from tests.train.made_outputs import expected_means, made_output
@@ -151,3 +152,30 @@ def test_a_batch_without_any_target_has_no_distributions():
     found = summarised(config, [batch], [made_output(config, batch, 0)])
     assert not [name for name in found if name.startswith(("train/q/", "train/v/", "train/advantage/"))]
     assert math.isnan(found["train/q_loss"]) and math.isfinite(found["train/policy_loss"])
+
+
+def test_a_stage_logs_what_it_has():
+    """A critic's figures count known returns; a policy's are those of joint without the critics'."""
+    stage = {"training": {"stage": "critic"}, "value": {"critic": "distributional"}}
+    config = tiny_config(**stage)
+    batch = random_batch(config, 8, seed=0)
+    whole = made_output(config, batch, seed=0)
+    known = batch.mc_valid.float()
+    output = TrainOutput(whole.loss, v_loss=whole.v_loss * known, v=whole.v, value_error=whole.target_gap * known)
+    found = summarised(config, [batch], [output])
+    assert found["train/v_loss"] == pytest.approx((whole.v_loss * known).sum().item() / known.sum().item())
+    assert found["train/value_mae"] == pytest.approx((whole.target_gap * known).sum().item() / known.sum().item())
+    assert found["train/v/mean"] == pytest.approx(whole.v[batch.mc_valid].mean().item())
+    absent = ("q_loss", "policy_loss", "policy_weight", "td_error", "target_gap", "positive", "indicator", "forced")
+    assert not [name for name in found if any(part in name for part in absent)]
+
+    labels = {"training": {"stage": "policy"}, "data": {"labels": "mine"}}
+    policy = TrainOutput(
+        whole.loss, policy_loss=whole.policy_loss, weight=whole.weight, indicator=batch.label_indicator
+    )
+    found = summarised(tiny_config(**labels), [batch], [policy])
+    expected = expected_means(config, [batch], [whole._replace(indicator=batch.label_indicator)], TASKS)
+    kept = {name: value for name, value in expected.items() if "q_loss" not in name and "v_loss" not in name}
+    kept = {name: value for name, value in kept.items() if name not in ("train/target_gap", "train/td_error")}
+    assert {name: found[name] for name in kept} == pytest.approx(kept)
+    assert not [name for name in found if "q_loss" in name or "v_loss" in name or "advantage" in name]

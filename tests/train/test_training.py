@@ -109,3 +109,49 @@ def test_bf16_with_activation_checkpointing_trains(two_ranks):
     # bf16 rounds, but it is the same training: parts stay within a few percent of fp32's.
     for mine, exact in zip(losses, two_ranks[0]["full"]["losses"], strict=True):
         assert mine[:2] == pytest.approx(exact[:2], rel=0.05)
+
+
+# -- critic, then labels, then policy ---------------------------------------------------------------------------
+
+STAGES = ("critic", "policy")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_begins_as_in_plain_pytorch_and_its_ranks_agree(two_ranks, stage):
+    assert two_ranks[0][f"initial_{stage}"] == []
+    first, second = (rank[stage] for rank in two_ranks)
+    assert first["weights"] == second["weights"]
+    assert all(math.isfinite(number) for step in first["losses"] for number in step)
+    assert first["summary"]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_interrupted_stage_ends_with_the_same_bytes(two_ranks, stage):
+    resumed = two_ranks[0][f"resumed_{stage}"]
+    assert len(resumed["before"]) >= 2 and resumed["after"] == resumed["before"]
+    assert resumed["losses_after"] == resumed["losses_before"]
+
+
+def test_a_critic_trains_the_vlm_and_is_judged_by_its_gate(two_ranks):
+    result, initial = two_ranks[0]["critic"], two_ranks[0]["frozen"]["weights"]
+    names = {name.split(".")[0] for name in result["weights"]}
+    assert names == {"vlm", "critic"}
+    vlm = [name for name in initial if name.startswith("vlm.") and "bias" not in name and "k_proj" not in name]
+    assert vlm and all(result["weights"][name] != initial[name] for name in vlm)
+    # A distribution over 201 bins that knows nothing: log 201.
+    assert result["losses"][0][0] == pytest.approx(math.log(201), abs=0.1)
+    gate, evaluation = result["summary"]["gate"], result["summary"]["evaluation"]
+    assert gate["gate"] == "mae" and gate["best"] <= evaluation["eval/value_mae"]
+    exported = two_ranks[0]["evaluation_critic"]["value"]["all"]
+    assert exported["mae"] == pytest.approx(evaluation["eval/value_mae"], rel=1e-4)
+    assert exported["nll"] == pytest.approx(evaluation["eval/value_nll"], rel=1e-4)
+
+
+def test_a_policy_learns_from_the_labels_that_the_critic_wrote(two_ranks):
+    result = two_ranks[0]["policy"]
+    assert {name.split(".")[0] for name in result["weights"]} == {"vlm", "action_expert"}
+    exported = two_ranks[0]["evaluation_policy"]
+    assert exported["policy_loss"] == pytest.approx(result["summary"]["evaluation"]["eval/policy_loss"], rel=1e-4)
+    assert exported["value"] is None and exported["actions"]
+    # Weighted by exp(A / (temperature * sigma)): the loss is no longer the mean error.
+    assert any(step[0] != pytest.approx(step[1], rel=0.05) for step in result["losses"])

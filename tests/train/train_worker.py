@@ -17,6 +17,7 @@ from recap_ds.distributed.build import gather
 from recap_ds.distributed.engine import destroy_engine
 from recap_ds.distributed.runtime import Runtime
 from recap_ds.evaluate.results import evaluate_dataset, open_held_out
+from recap_ds.label.job import label_shards, open_label_job
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.pretrained import load_pretrained
 from recap_ds.processing.normalize import Normalizer
@@ -70,10 +71,10 @@ def run_whole(runtime: Runtime, config: PiStarRECAPConfig, ds_path: str = ZERO3)
 
 
 def losses(metrics: Path) -> list[list[float]]:
-    """Per step: loss and its three parts, grad norm, positive fraction; everything a layout could change."""
-    names = ("loss", "policy_loss", "q_loss", "v_loss", "grad_norm", "advantage/mean")
+    """Per step: loss and its three parts, grad norm, positive fraction, those there are; what a layout could change."""
+    names = [f"train/{name}" for name in ("loss", "policy_loss", "q_loss", "v_loss", "grad_norm", "advantage/mean")]
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [[line[f"train/{name}"] for name in names] for line in lines if "train/loss" in line]
+    return [[line[name] for name in names if name in line] for line in lines if "train/loss" in line]
 
 
 def weights(session: Session) -> dict[str, list[float]]:
@@ -134,6 +135,33 @@ def evaluate_run(runtime: Runtime, run: Path, shards: Path) -> dict[str, Any]:
     return evaluate_dataset(policy, assembler, tasks, Normalizer.from_dict(contract.normalizer), runtime)
 
 
+def critic_to_policy(runtime: Runtime, root: Path) -> dict[str, Any]:
+    """RECAP's own order: a distributional critic trains the VLM, labels the shards, and a policy learns."""
+    results: dict[str, Any] = {}
+    value = {"value": {"critic": "distributional"}, "evaluation": {"gate": "mae"}}
+    stages = {
+        "critic": run_config(root, "critic", training={"stage": "critic"}, **value),
+        "policy": run_config(
+            root,
+            "policy",
+            training={"stage": "policy"},
+            data={"labels": "ours"},
+            recap={"policy_extraction": "both"},
+        ),
+    }
+    for stage, config in stages.items():
+        results[f"initial_{stage}"] = initial_differences(runtime, config)
+        results[stage] = run_whole(runtime, config)
+        results[f"resumed_{stage}"] = resumed_hashes(runtime, config)
+        results[f"evaluation_{stage}"] = evaluate_run(runtime, root / "runs" / stage, root / "shards")
+        if stage == "critic":
+            export = export_of(root / "runs" / stage, runtime.info)
+            job = open_label_job(export, str(root / "shards"), "ours", ["label.lookahead=5"])
+            label_shards(job, runtime, lambda line: None)
+            runtime.barrier()
+    return results
+
+
 def scenarios(runtime: Runtime, folder: str, which: str) -> dict[str, Any]:
     root = Path(folder)
     world = runtime.info.world
@@ -162,7 +190,7 @@ def scenarios(runtime: Runtime, folder: str, which: str) -> dict[str, Any]:
     runtime.barrier()
     bf16 = run_config(root, "bf16", training={"use_amp": True, "activation_checkpointing": True})
     results["bf16"] = run_whole(runtime, bf16, str(ds_bf16))
-    return results
+    return results | critic_to_policy(runtime, root)
 
 
 if __name__ == "__main__":
