@@ -83,11 +83,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        # pyarrow and av are an extra: only this verb needs them.
+        # av is an extra: only this verb needs it.
         from recap_ds.data.lerobot.metadata import load_metadata
         from recap_ds.data.lerobot.reader import ImportOptions, read_episodes
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("pyarrow", "av"):
+        if error.name is None or error.name.partition(".")[0] != "av":
             raise
         raise UsageError(f"shards import needs the package {error.name}: pip install 'recap_ds[lerobot]'") from None
     from recap_ds.data.writer import write_shards

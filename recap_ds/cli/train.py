@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recap_ds.cli.errors import Parser, run_program
+from recap_ds.config import PiStarRECAPConfig
 
 
 def build_parser() -> Parser:
@@ -45,8 +46,16 @@ def run(arguments: Sequence[str], quickstart: Path) -> int:
         stop_runtime()
     if info.is_main:
         print(json.dumps(summary, indent=1))
-        print(f"next: recap-ds consolidate {plan.run.path} exports/{config.name}")
+        print(f"next: {next_command(config, plan.run.path)}")
     return 0
+
+
+def next_command(config: PiStarRECAPConfig, run: Path) -> str:
+    """What one does with what the stage has trained."""
+    if config.training.stage == "critic":
+        checkpoint = run / "best" if config.data.held_out_fraction else run
+        return f"deepspeed launch/label.py --checkpoint {checkpoint} --shards {config.data.shards} --tag TAG"
+    return f"recap-ds consolidate {run} exports/{config.name}"
 
 
 def main(arguments: Sequence[str], quickstart: Path) -> int:

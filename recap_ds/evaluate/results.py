@@ -122,10 +122,11 @@ def results_table(evaluation: dict[str, Any]) -> str:
         )
     value = evaluation["value"]
     for name, figures in ({"all tasks": value["all"], **value["tasks"]} if value is not None else {}).items():
+        nll = "" if figures["nll"] is None else f"  nll {_number(figures['nll'])}"
         lines.append(
             f"value  {name:<24} mae {_number(figures['mae'])} (constant {_number(figures['constant_mae'])})  "
             f"rank correlation {_number(figures['rank_correlation'])}  separation {_number(figures['separation'])}  "
-            f"shuffled-image gap {_number(figures['shuffled_image_gap'])}"
+            f"shuffled-image gap {_number(figures['shuffled_image_gap'])}{nll}"
         )
     return "\n".join(lines)
 

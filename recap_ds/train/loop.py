@@ -221,7 +221,7 @@ def announce(session: Session, logbook: Logbook, progress: Progress, held_out: H
         f"{held_out.num_samples} held-out samples"
     )
     if session.engine.module.vlm.random_init and not progress.step:
-        fate = "frozen: nothing trains it" if config.model.freeze_vlm else "untrained: critics begin on empty features"
+        fate = "frozen: nothing trains it" if config.model.freeze_vlm else "untrained: heads begin on empty features"
         logbook.say(f"warning: the VLM's weights are random and {fate}")
     logbook.say(f"{'continuing' if progress.step else 'starting'} {plan.run.path} at step {progress.step}")
 

@@ -14,7 +14,7 @@ from recap_ds.models.pixels import to_pixels
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.pretrained import load_pretrained
 from tests.checkpoint.hand_made import CONTRACT, KINDS, assert_same, expected_targets, make_config, make_run
-from tests.tiny import random_batch, wake
+from tests.tiny import random_batch, tiny_config, wake
 
 
 def parameters(policy):
@@ -130,6 +130,30 @@ def test_without_critics_it_acts_and_has_none(lora_run, tmp_path):
     assert sorted(name for name, _ in policy.named_children()) == ["action_expert", "vlm"]
     observation = random_batch(policy.config, 2, seed=0).observation
     assert torch.isfinite(policy.predict_action_chunk(observation)).all()
+
+
+@pytest.mark.parametrize(
+    ("stage", "heads"),
+    [
+        ({"training": {"stage": "critic"}, "value": {"critic": "distributional"}}, ("critic",)),
+        ({"training": {"stage": "critic"}}, ("critic", "target_critic")),
+        ({"training": {"stage": "policy"}, "data": {"labels": "some"}}, ("action_expert",)),
+    ],
+    ids=["distributional", "iql", "policy"],
+)
+def test_every_stage_exports_the_heads_it_trained(tmp_path, stage, heads):
+    trained = PiStarRECAPPolicy(tiny_config(model={"freeze_vlm": False}, **stage))
+    make_run(tmp_path / "run", trained)
+    assert consolidate(tmp_path / "run", tmp_path / "export", weights="raw").heads == heads
+    loaded = load_pretrained(tmp_path / "export").policy
+    expected = parameters(trained)
+    if "target_critic" in heads:
+        expected |= {f"target_critic.{name}": value for name, value in expected_targets(trained).items()}
+    assert_same(parameters(loaded), expected)
+    if "critic" in heads:
+        with pytest.raises(UsageError, match="--no-critics: a run of stage critic holds nothing else"):
+            consolidate(tmp_path / "run", tmp_path / "none", include_critics=False)
+        assert not (tmp_path / "none").exists()
 
 
 def test_an_export_replaces_an_export_and_nothing_else(lora_run, tmp_path):

@@ -21,7 +21,7 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def two_ranks(folder) -> list[dict[str, Any]]:
-    return run_ranks(WORKER, 2, folder, "everything", timeout_seconds=480)
+    return run_ranks(WORKER, 2, folder, "everything", timeout_seconds=600)
 
 
 @pytest.fixture(scope="module")
