@@ -42,85 +42,85 @@ def batch_of(shard_set, frames: list[int], config=None, valid=None, labels=None)
     return assembler.stack(samples, [assembler.read(int(i)) for i in samples], draws, valid, np.zeros(size, bool))
 
 
-def close(tensor: torch.Tensor, expected) -> None:
+def check_close(tensor: torch.Tensor, expected) -> None:
     torch.testing.assert_close(tensor, torch.tensor(expected, dtype=tensor.dtype), rtol=1e-6, atol=1e-6)
 
 
 def test_a_successful_episode_by_hand(tmp_path):
     # 7 frames: the task's longest, so L = 7. Windows of 4 frames from 0, 2, 3 and 6.
     batch = batch_of(write_tiny(tmp_path, [flat_episode(2, 7)]), [0, 2, 3, 6])
-    close(batch.actions[1], [[22, -2, 0], [23, -3, 0], [24, -4, 0], [25, -5, 0]])
-    close(batch.actions[3], [[26, -6, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
-    close(batch.action_valid, [[True] * 4, [True] * 4, [True] * 4, [True, False, False, False]])
-    close(batch.action_dim_mask, [[True, True, False]] * 4)
-    close(batch.td_action_valid, batch.action_valid.tolist())
-    close(batch.td_valid, [True] * 4)
+    check_close(batch.actions[1], [[22, -2, 0], [23, -3, 0], [24, -4, 0], [25, -5, 0]])
+    check_close(batch.actions[3], [[26, -6, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
+    check_close(batch.action_valid, [[True] * 4, [True] * 4, [True] * 4, [True, False, False, False]])
+    check_close(batch.action_dim_mask, [[True, True, False]] * 4)
+    check_close(batch.td_action_valid, batch.action_valid.tolist())
+    check_close(batch.td_valid, [True] * 4)
     # From frame 3 the window of 4 holds the last frame, 6: the task ends in it, and its last reward is 0.
-    close(batch.continues, [1, 1, 0, 0])
-    close(batch.chunk_reward, [-(1 + G + G**2 + G**3) / 7, -(1 + G + G**2 + G**3) / 7, -(1 + G + G**2) / 7, 0])
-    close(batch.chunk_discount, [G**4, G**4, G**4, G])
-    close(batch.next_observation.state, [[2, 4, 1, 0], [2, 6, 1, 0], [0] * 4, [0] * 4])
-    close(batch.next_observation.camera_mask, [[True] * 2, [True] * 2, [False] * 2, [False] * 2])
-    close(batch.mc_return, [-6 / 7, -4 / 7, -3 / 7, 0])
-    close(batch.mc_valid, [True] * 4)
-    close(batch.steps_to_end, [6, 4, 3, 0])
-    close(batch.outcome, [OUTCOME_IDS["success"]] * 4)
-    close(batch.source, [SOURCE_IDS["demo"]] * 4)
+    check_close(batch.continues, [1, 1, 0, 0])
+    check_close(batch.chunk_reward, [-(1 + G + G**2 + G**3) / 7, -(1 + G + G**2 + G**3) / 7, -(1 + G + G**2) / 7, 0])
+    check_close(batch.chunk_discount, [G**4, G**4, G**4, G])
+    check_close(batch.next_observation.state, [[2, 4, 1, 0], [2, 6, 1, 0], [0] * 4, [0] * 4])
+    check_close(batch.next_observation.camera_mask, [[True] * 2, [True] * 2, [False] * 2, [False] * 2])
+    check_close(batch.mc_return, [-6 / 7, -4 / 7, -3 / 7, 0])
+    check_close(batch.mc_valid, [True] * 4)
+    check_close(batch.steps_to_end, [6, 4, 3, 0])
+    check_close(batch.outcome, [OUTCOME_IDS["success"]] * 4)
+    check_close(batch.source, [SOURCE_IDS["demo"]] * 4)
     ids, mask = encode_prompts(ByteTokenizer(), ["pick the cube"], 20)
     for observation in (batch.observation, batch.next_observation):
-        close(observation.tokens, np.repeat(ids, 4, axis=0).tolist())
-        close(observation.token_mask, np.repeat(mask, 4, axis=0).tolist())
+        check_close(observation.tokens, np.repeat(ids, 4, axis=0).tolist())
+        check_close(observation.token_mask, np.repeat(mask, 4, axis=0).tolist())
 
 
 def test_a_failed_episode_pays_c_fail_at_its_last_frame(tmp_path):
     batch = batch_of(write_tiny(tmp_path, [flat_episode(0, 6, source="auto", outcome="failure")]), [1, 4])
-    close(batch.continues, [1, 0])
-    close(batch.chunk_reward, [-(1 + G + G**2 + G**3) / 6, -(1 + G * 6) / 6])
-    close(batch.mc_return, [-1, -1])  # -(4 + 6) / 6 clips
+    check_close(batch.continues, [1, 0])
+    check_close(batch.chunk_reward, [-(1 + G + G**2 + G**3) / 6, -(1 + G * 6) / 6])
+    check_close(batch.mc_return, [-1, -1])  # -(4 + 6) / 6 clips
 
 
 def test_a_truncated_episode_bootstraps_from_its_last_observation(tmp_path):
     shard_set = write_tiny(tmp_path, [flat_episode(0, 6, source="auto", outcome="truncated")])
     batch = batch_of(shard_set, [3, 5], tiny_config(value={"timeout_is": "truncated"}))
     # From 3 the window gives up frame 5; from 5 there is no window, yet the actions are still the policy's to learn.
-    close(batch.td_valid, [True, False])
-    close(batch.continues, [1, 1])
-    close(batch.td_action_valid, [[True, True, False, False], [False] * 4])
-    close(batch.action_valid, [[True, True, True, False], [True, False, False, False]])
-    close(batch.next_observation.state[0], [0, 5, 1, 0])
-    close(batch.mc_valid, [False, False])
+    check_close(batch.td_valid, [True, False])
+    check_close(batch.continues, [1, 1])
+    check_close(batch.td_action_valid, [[True, True, False, False], [False] * 4])
+    check_close(batch.action_valid, [[True, True, True, False], [True, False, False, False]])
+    check_close(batch.next_observation.state[0], [0, 5, 1, 0])
+    check_close(batch.mc_valid, [False, False])
     # Read as a failure it is one: the stored next observation is not used.
     failed = batch_of(shard_set, [3, 5], tiny_config())
-    close(failed.td_valid, [True, True])
-    close(failed.continues, [0, 0])
-    close(failed.chunk_reward, [-(1 + G + G**2 * 6) / 6, -1])
+    check_close(failed.td_valid, [True, True])
+    check_close(failed.continues, [0, 0])
+    check_close(failed.chunk_reward, [-(1 + G + G**2 * 6) / 6, -1])
     assert not failed.next_observation.images.any()
 
 
 def test_nothing_reaches_over_a_change_of_control(tmp_path):
     shard_set = write_tiny(tmp_path, [flat_episode(0, 10, source="intervention", human=slice(5, 10))])
     batch = batch_of(shard_set, [3, 5])
-    close(batch.control, [CONTROL_IDS["policy"], CONTROL_IDS["human"]])
-    close(batch.source, [SOURCE_IDS["auto"], SOURCE_IDS["intervention"]])
-    close(batch.action_valid, [[True, True, False, False], [True] * 4])
-    close(batch.td_action_valid, batch.action_valid.tolist())
-    close(batch.chunk_reward[:1], [-(1 + G) / 10])
-    close(batch.next_observation.state[:, 1], [5, 9])
-    close(batch.continues, [1, 1])
+    check_close(batch.control, [CONTROL_IDS["policy"], CONTROL_IDS["human"]])
+    check_close(batch.source, [SOURCE_IDS["auto"], SOURCE_IDS["intervention"]])
+    check_close(batch.action_valid, [[True, True, False, False], [True] * 4])
+    check_close(batch.td_action_valid, batch.action_valid.tolist())
+    check_close(batch.chunk_reward[:1], [-(1 + G) / 10])
+    check_close(batch.next_observation.state[:, 1], [5, 9])
+    check_close(batch.continues, [1, 1])
 
 
 def test_a_longer_chunk_than_the_td_window_shows_q_the_window_only(tmp_path):
     shard_set = write_tiny(tmp_path, [flat_episode(0, 12)])
     batch = batch_of(shard_set, [0], tiny_config(chunk_size=6, iql={"horizon": "manifest"}))
-    close(batch.action_valid, [[True] * 6])
-    close(batch.td_action_valid, [[True] * 4 + [False] * 2])
-    close(batch.chunk_discount, [0.99 ** (4 / 6)])
+    check_close(batch.action_valid, [[True] * 6])
+    check_close(batch.td_action_valid, [[True] * 4 + [False] * 2])
+    check_close(batch.chunk_discount, [0.99 ** (4 / 6)])
 
 
 def test_rows_that_are_not_valid_take_no_part(tmp_path):
     batch = batch_of(write_tiny(tmp_path, [flat_episode(0, 7)]), [0, 1], valid=[True, False])
     for name in ("sample_valid", "td_valid", "mc_valid"):
-        close(getattr(batch, name), [True, False])
+        check_close(getattr(batch, name), [True, False])
     assert batch.action_valid[0].all() and not batch.action_valid[1].any() and not batch.td_action_valid[1].any()
 
 
@@ -128,8 +128,8 @@ def test_environment_rewards_leave_the_whole_return_unknown(tmp_path):
     rewards = np.arange(7, dtype=np.float32)
     shard_set = write_tiny(tmp_path, [dataclasses.replace(flat_episode(0, 7), rewards=rewards)])
     batch = batch_of(shard_set, [1, 5], tiny_config(value={"reward": "environment"}))
-    close(batch.chunk_reward, [(1 + 2 * G + 3 * G**2 + 4 * G**3) / 7, (5 + 6 * G) / 7])
-    close(batch.mc_valid, [False, False])
+    check_close(batch.chunk_reward, [(1 + 2 * G + 3 * G**2 + 4 * G**3) / 7, (5 + 6 * G) / 7])
+    check_close(batch.mc_valid, [False, False])
 
 
 def test_an_index_that_means_another_next_observation_is_refused(tmp_path):
@@ -148,14 +148,14 @@ def test_a_prompt_that_does_not_fit_stops_at_start(tmp_path):
 def test_labels_are_the_samples_own_and_zeros_without_any(tmp_path):
     shard_set = write_tiny(tmp_path, [flat_episode(0, 7)])
     plain = batch_of(shard_set, [5, 0])
-    close(plain.label_indicator, [0, 0])
-    close(plain.label_advantage, [0.0, 0.0])
+    check_close(plain.label_indicator, [0, 0])
+    check_close(plain.label_advantage, [0.0, 0.0])
     frame = shard_set.table.frame
     labels = LabelSet(None, 0.1 * frame.astype(np.float32), frame.astype(np.int64) % 3, np.ones(1, np.float32))
     batch = batch_of(shard_set, [5, 0, 3], labels=labels)
     assert batch.label_indicator.dtype == torch.int64
-    close(batch.label_indicator, [2, 0, 0])
-    close(batch.label_advantage, [0.5, 0.0, 0.3])
+    check_close(batch.label_indicator, [2, 0, 0])
+    check_close(batch.label_advantage, [0.5, 0.0, 0.3])
 
 
 def test_a_takeover_is_charged_to_every_frame_before_it_and_to_the_window_that_ends_in_it(tmp_path):
@@ -164,12 +164,12 @@ def test_a_takeover_is_charged_to_every_frame_before_it_and_to_the_window_that_e
     free, charged = (
         batch_of(shard_set, [0, 1, 4, 5], tiny_config(value={"takeover_penalty": penalty})) for penalty in (0.0, 0.5)
     )
-    close(free.mc_return, [-0.9, -0.8, -0.5, -0.4])
-    close(charged.mc_return, [-1.0, -1.0, -1.0, -0.4])
+    check_close(free.mc_return, [-0.9, -0.8, -0.5, -0.4])
+    check_close(charged.mc_return, [-1.0, -1.0, -1.0, -0.4])
     # The window of 0 ends one frame before the takeover.
-    close(charged.chunk_reward[:1], free.chunk_reward[:1].tolist())
-    close(charged.chunk_reward[1:3] - free.chunk_reward[1:3], [-(G**3) * 0.5, -0.5])
-    close(charged.chunk_reward[3:], free.chunk_reward[3:].tolist())
+    check_close(charged.chunk_reward[:1], free.chunk_reward[:1].tolist())
+    check_close(charged.chunk_reward[1:3] - free.chunk_reward[1:3], [-(G**3) * 0.5, -0.5])
+    check_close(charged.chunk_reward[3:], free.chunk_reward[3:].tolist())
 
 
 def test_a_stage_without_td_reads_no_next_observation(tmp_path):
@@ -182,7 +182,7 @@ def test_a_stage_without_td_reads_no_next_observation(tmp_path):
         check_data_matches(config, shard_set.manifest)
         batch = batch_of(shard_set, [0, 4], config)
         assert not batch.next_observation.images.any() and batch.observation.images.any()
-        close(batch.mc_return, [-8 / 9, -4 / 9])
+        check_close(batch.mc_return, [-8 / 9, -4 / 9])
     with pytest.raises(UsageError, match=r"chunk_size: 4 differs"):
         check_data_matches(tiny_config(training={"stage": "critic"}), shard_set.manifest)
     iql = tiny_config(training={"stage": "critic"}, iql={"horizon": "manifest"})

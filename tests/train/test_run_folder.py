@@ -27,17 +27,17 @@ def start(tmp_path):
     return started
 
 
-def check(config, global_batch=GLOBAL_BATCH, manifest=MANIFEST) -> None:
+def check_run(config, global_batch=GLOBAL_BATCH, manifest=MANIFEST) -> None:
     RunFolder(config).check_continues(config, global_batch, manifest)
 
 
 def test_a_new_folder_may_be_anything(tmp_path):
-    check(tiny_config(runs_dir=str(tmp_path), training={"resume": "never"}))
+    check_run(tiny_config(runs_dir=str(tmp_path), training={"resume": "never"}))
     assert not list(tmp_path.iterdir()), "checking writes nothing"
 
 
 def test_the_same_settings_continue(start):
-    check(start())
+    check_run(start())
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_the_same_settings_continue(start):
     ],
 )
 def test_what_changes_no_training_is_free(start, free):
-    check(start(**free))
+    check_run(start(**free))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_what_changes_no_training_is_free(start, free):
 )
 def test_other_settings_are_refused_by_their_names(start, change, keys):
     with pytest.raises(UsageError) as error:
-        check(start(**change))
+        check_run(start(**change))
     assert f"other settings: {', '.join(keys)}; choose another name=" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -80,22 +80,22 @@ def test_a_key_newer_than_the_run_had_its_default(start):
     stored = yaml.safe_load(path.read_text())
     del stored["recap"]["demos"]
     path.write_text(yaml.safe_dump(stored))
-    check(config)
+    check_run(config)
     with pytest.raises(UsageError, match=r"other settings: recap\.demos;"):
-        check(build_config({**config.model_dump(), "recap": {"demos": "labelled"}}))
+        check_run(build_config({**config.model_dump(), "recap": {"demos": "labelled"}}))
 
 
 def test_another_global_batch_or_data_set_is_refused(start):
     config = start()
     with pytest.raises(UsageError, match=r"the global batch \(8 -> 16\)"):
-        check(config, global_batch=16)
+        check_run(config, global_batch=16)
     with pytest.raises(UsageError, match=r"the shards \(another manifest\)"):
-        check(config, manifest="c3d4")
+        check_run(config, manifest="c3d4")
 
 
 def test_resume_never_refuses_a_folder_in_use(start):
     with pytest.raises(UsageError, match=r"training\.resume: never, but .*run holds a run"):
-        check(start(training={"resume": "never"}))
+        check_run(start(training={"resume": "never"}))
 
 
 def test_a_run_says_what_it_was_started_with(start, tmp_path):
@@ -125,7 +125,7 @@ def test_a_continuation_records_its_free_settings(start):
 def test_a_folder_cut_off_before_the_run_was_recorded_is_free(start):
     config = start(iql={"expectile": 0.9})
     (RunFolder(config).path / "run.json").unlink()
-    check(config)
+    check_run(config)
 
 
 def test_a_finished_run_has_a_summary(start):
@@ -162,7 +162,7 @@ def test_damaged_run_files_are_named(start, tmp_path, name):
     config = start()
     (tmp_path / "run" / name).write_text("{ not json")
     with pytest.raises(UsageError, match=rf"{name}: cannot be read"):
-        check(config)
+        check_run(config)
         RunFolder(config).finished_summary()
 
 
