@@ -42,11 +42,13 @@ def run_rethreshold(args: argparse.Namespace) -> int:
 
 
 def run_show(args: argparse.Namespace) -> int:
+    from recap_ds.data.label_records import check_tag
     from recap_ds.data.labels import labels_folder
     from recap_ds.data.shard_set import ShardSet
     from recap_ds.label.show import draw_labels
     from recap_ds.label.table import label_table
 
+    check_tag(args.tag, "--tag")
     shard_set = ShardSet.open(args.shards)
     print(label_table(shard_set, args.tag))
     out = args.out or labels_folder(args.shards, args.tag) / "pictures"

@@ -3,6 +3,8 @@
 The files themselves are ``labels.py``'s.
 """
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -70,6 +72,10 @@ class LabelRecord(_Part):
     lookahead_frames: int | None  # None = to the end of the episode
     tasks: dict[str, TaskLabels]
     files: dict[str, FileRecord]
+
+    def content_hash(self) -> str:
+        """sha256 of the canonical JSON, which holds every label file's checksum: what a run remembers of its labels."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 Record = TypeVar("Record", ValuesRecord, LabelRecord)

@@ -132,6 +132,7 @@ def label_shards(job: LabelJob, runtime: Runtime, report: Report) -> LabelRecord
 
 def rethreshold(shards: str | Path, tag: str, new_tag: str, overrides: Sequence[str]) -> LabelRecord:
     """Labels of other settings, ``new_tag``, from the values that ``tag``'s were made of; no inference."""
+    check_tag(tag, "--tag")
     check_tag(new_tag, "--new-tag")
     check_keys(overrides, ASSIGN_KEYS, "does not change labels of stored values")
     shard_set = ShardSet.open(shards)
@@ -143,6 +144,11 @@ def rethreshold(shards: str | Path, tag: str, new_tag: str, overrides: Sequence[
     before += [f"recap.positive_fraction={settings.positive_fraction}", f"recap.demos={settings.demos}"]
     config = load_config(None, [*before, *overrides])
     stored = read_values(shard_set, old.values_tag)
+    if stored.record != old.values:
+        raise UsageError(
+            f"--tag {tag}: its labels were made of other values than values/{old.values_tag} holds now; "
+            "run launch/label.py with the critic you mean, under a tag of its own"
+        )
     return _make_labels(shard_set, stored, old.values_tag, new_tag, label_settings(config))
 
 

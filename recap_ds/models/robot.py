@@ -44,6 +44,8 @@ class RobotPolicy:
     def from_pretrained(cls, export: str | Path, device: str | torch.device = "cpu") -> "RobotPolicy":
         """From an export folder or the hub id of one."""
         policy, contract, tokenizer = load_pretrained(export)
+        if policy.config.training.stage == "critic":
+            raise UsageError(f"{export}: holds a critic, which judges and does not act; give a policy's export")
         if contract is None:
             raise UsageError(f"{export}: was saved without a contract, so the robot's units are not known")
         return cls(policy, contract, tokenizer, device)

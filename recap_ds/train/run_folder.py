@@ -49,7 +49,9 @@ class RunFolder:
         self._run = self.path / "run.json"
         self._summary = self.path / "summary.json"
 
-    def check_continues(self, config: PiStarRECAPConfig, global_batch: int, manifest_hash: str) -> None:
+    def check_continues(
+        self, config: PiStarRECAPConfig, global_batch: int, manifest_hash: str, labels_hash: str | None = None
+    ) -> None:
         """UsageError where this folder holds another run than ``config`` describes. Reads only."""
         if not self._run.is_file():
             return
@@ -69,6 +71,8 @@ class RunFolder:
             keys.append(f"the global batch ({started['global_batch']} -> {global_batch})")
         if manifest_hash != started["manifest_hash"]:
             keys.append("the shards (another manifest)")
+        if labels_hash != started.get("labels_hash"):
+            keys.append(f"the labels (other ones under the tag '{config.data.labels}')")
         if keys:
             raise UsageError(
                 f"{self.path} holds a run with other settings: {', '.join(keys)}; choose another name=, "
@@ -89,7 +93,14 @@ class RunFolder:
     def unlock(self) -> None:
         self._lock.close()
 
-    def start(self, config: PiStarRECAPConfig, ds_config: dict, global_batch: int, manifest_hash: str) -> None:
+    def start(
+        self,
+        config: PiStarRECAPConfig,
+        ds_config: dict,
+        global_batch: int,
+        manifest_hash: str,
+        labels_hash: str | None = None,
+    ) -> None:
         """Write down what this run is. Rank 0 only."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_file(self.path / "config.yaml", dump_config(config).encode())
@@ -97,6 +108,7 @@ class RunFolder:
         facts = {
             "global_batch": global_batch,
             "manifest_hash": manifest_hash,
+            "labels_hash": labels_hash,
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("recap_ds", *REPORTED_PACKAGES)},
         }

@@ -53,6 +53,10 @@ class Plan:
     tasks: list[str]
     start: StartPoint | None  # whose weights the run begins with
 
+    @property
+    def labels_hash(self) -> str | None:
+        return hash_of(self.dataset.assembler.labels)
+
 
 @dataclass(frozen=True)
 class Session:
@@ -83,14 +87,19 @@ def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo)
     if folder is not None:
         load_vlm_config(folder, config.model.image_size)
     run = RunFolder(config)
-    run.check_continues(config, sizes.total, manifest.content_hash())
+    labels = open_labels(config, shard_set)
+    run.check_continues(config, sizes.total, manifest.content_hash(), hash_of(labels))
     normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
     tokenizer = build_tokenizer(config.model.vlm_model_name, config.model.vlm_revision)
-    assembler = Assembler(shard_set, config, tokenizer, normalizer, scale, open_labels(config, shard_set))
+    assembler = Assembler(shard_set, config, tokenizer, normalizer, scale, labels)
     dataset = TransitionDataset(assembler, config, damage_log=run.damaged)
     contract = _contract(config, shard_set, normalizer, scale)
     start = find_start(config, info)
     return Plan(config, info, sizes, ds_config, precision, run, dataset, normalizer, contract, tasks, start)
+
+
+def hash_of(labels: LabelSet | None) -> str | None:
+    return None if labels is None else labels.record.content_hash()
 
 
 def open_labels(config: PiStarRECAPConfig, shard_set: ShardSet) -> LabelSet | None:
@@ -169,7 +178,7 @@ def begin_run(plan: Plan) -> None:
     """Take the run folder for this process and write down what the run is. Rank 0 only."""
     plan.run.lock()
     remove_unfinished(plan.run.checkpoints)  # a full disk could hold nothing else
-    plan.run.start(plan.config, plan.ds_config, plan.sizes.total, plan.contract.manifest_hash)
+    plan.run.start(plan.config, plan.ds_config, plan.sizes.total, plan.contract.manifest_hash, plan.labels_hash)
     plan.contract.save(plan.run.path)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from recap_ds.batch import OUTCOME_IDS
 from recap_ds.data.held_out import EvaluationBatches
+from recap_ds.data.label_records import VALUES_NAME, ValuesRecord, load_record, save_record
 from recap_ds.data.labels import labels_folder, read_labels, read_values, values_folder
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.distributed.runtime import RankInfo, Runtime
@@ -127,6 +128,19 @@ def test_rethreshold_needs_no_critic_and_equals_a_job_of_those_settings(root, al
         rethreshold(root / "shards", "alone", "again", [])
     with pytest.raises(UsageError, match=r"label\.batch_size: does not change labels"):
         rethreshold(root / "shards", "alone", "other", ["label.batch_size=3"])
+
+
+def test_rethreshold_refuses_values_that_a_later_job_replaced(root, alone):
+    path = values_folder(root / "shards", "alone") / VALUES_NAME
+    before = path.read_bytes()
+    try:
+        save_record(load_record(ValuesRecord, path).model_copy(update={"checkpoint_hash": "f" * 64}), path)
+        with pytest.raises(UsageError, match="--tag alone: its labels were made of other values"):
+            rethreshold(root / "shards", "alone", "stale", [])
+    finally:
+        path.write_bytes(before)
+    with pytest.raises(UsageError, match=r"--tag '\.\./alone'"):
+        rethreshold(root / "shards", "../alone", "stale", [])
 
 
 def test_a_finished_job_is_recognised_and_another_refused(root, alone):

@@ -147,6 +147,15 @@ def test_forgetting_drops_later_and_torn_lines(start):
     assert run.metrics.read_text() == ""
 
 
+def test_other_labels_under_the_same_tag_are_named(tmp_path):
+    config = tiny_config(name="run", runs_dir=str(tmp_path))
+    run = RunFolder(config)
+    run.start(config, DS_CONFIG, GLOBAL_BATCH, MANIFEST, labels_hash="c3d4")
+    run.check_continues(config, GLOBAL_BATCH, MANIFEST, labels_hash="c3d4")
+    with pytest.raises(UsageError, match="other settings: the labels"):
+        run.check_continues(config, GLOBAL_BATCH, MANIFEST, labels_hash="e5f6")
+
+
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     config = tiny_config(name="run", runs_dir=str(tmp_path))
     first, second = RunFolder(config), RunFolder(config)
