@@ -88,6 +88,8 @@ class PiStarRECAPConfig(Section):
             raise ValueError("value.critic: distributional is trained in stage critic; stage joint takes iql")
         if distributional and self.value.reward == "environment":
             raise ValueError("value.critic: distributional learns sparse_time returns; set value.reward=sparse_time")
+        if not self.value.reads_state and not distributional:
+            raise ValueError("value.reads_state: the IQL critics always read the state; set value.critic=distributional")
         if self.model.stop_gradient and not self.vlm_is_frozen and stage == "policy":
             raise ValueError(
                 "model.stop_gradient: in stage policy nothing else trains the VLM; set model.freeze_vlm=true and "

@@ -96,6 +96,9 @@ class ValueConfig(Section):
     critic: Literal["iql", "distributional"] = "iql"
     num_bins: int = Field(201, ge=2)
     target: Literal["two_hot", "hl_gauss"] = "two_hot"
+    # false: a distributional critic judges by images and prompt alone. On small data sets the robot's own state gives
+    # away how long an episode has gone on, and a critic that reads it hardly looks at the images.
+    reads_state: bool = True
     reward: Literal["sparse_time", "environment"] = "sparse_time"
     # Penalty of a failed ending, in frames; None is the task's longest episode.
     c_fail: float | None = Field(None, ge=0)

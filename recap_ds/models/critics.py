@@ -33,20 +33,24 @@ class ValueOutput(nn.Linear):
 
 
 class PooledTrunk(nn.Module):
-    """[prefix, vector] -> [B, width]: pool the prefix, join it with the vector, then a residual MLP."""
+    """[prefix, vector] -> [B, width]: pool the prefix, join it with the vector, then a residual MLP.
 
-    def __init__(self, config: ModelConfig, prefix_width: int, vector_dim: int):
+    ``vector_dim`` None: from the prefix alone, whatever vector is given.
+    """
+
+    def __init__(self, config: ModelConfig, prefix_width: int, vector_dim: int | None):
         super().__init__()
         width = config.qv_hidden_size
         self.pool = AttentionPool(prefix_width, width, config.qv_num_heads)
-        self.vector_in = nn.Linear(vector_dim, width)
+        self.vector_in = None if vector_dim is None else nn.Linear(vector_dim, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.qv_num_layers))
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(config.qv_num_layers))
         self.final_norm = nn.LayerNorm(width)
 
     def features(self, prefix: PrefixFeatures, vector: Tensor) -> Tensor:
-        dtype = self.vector_in.weight.dtype
-        x = self.pool(prefix.hidden, prefix.mask) + self.vector_in(vector.to(dtype))
+        x = self.pool(prefix.hidden, prefix.mask)
+        if self.vector_in is not None:
+            x = x + self.vector_in(vector.to(self.vector_in.weight.dtype))
         for norm, layer in zip(self.norms, self.layers, strict=True):
             x = x + layer(functional.gelu(norm(x)))
         return self.final_norm(x)

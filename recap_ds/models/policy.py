@@ -83,7 +83,8 @@ class PiStarRECAPPolicy(nn.Module):
             # The Q networks' slow twin; under an engine distributed.shadows moves it.
             self.target_critic = QNetworks(model, width, state_dim, config.chunk_size, action_dim)
         elif "critic" in config.heads:
-            self.critic = DistributionalCritic(model, width, state_dim, config.value.num_bins)
+            read_dim = state_dim if config.value.reads_state else None
+            self.critic = DistributionalCritic(model, width, read_dim, config.value.num_bins)
 
     # -- one optimizer step -------------------------------------------------------------------------------------
 

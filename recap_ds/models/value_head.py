@@ -30,9 +30,9 @@ class BinsOutput(nn.Linear):
 
 
 class DistributionalValueHead(PooledTrunk):
-    """[prefix, state] -> logits [B, num_bins] float32."""
+    """[prefix, state] -> logits [B, num_bins] float32; ``state_dim`` None: the state is not read."""
 
-    def __init__(self, config: ModelConfig, prefix_width: int, state_dim: int, num_bins: int):
+    def __init__(self, config: ModelConfig, prefix_width: int, state_dim: int | None, num_bins: int):
         super().__init__(config, prefix_width, state_dim)
         self.output = BinsOutput(config.qv_hidden_size, num_bins)
 
@@ -43,6 +43,6 @@ class DistributionalValueHead(PooledTrunk):
 class DistributionalCritic(nn.Module):
     """The critic of ``value.critic: distributional``: V alone."""
 
-    def __init__(self, config: ModelConfig, prefix_width: int, state_dim: int, num_bins: int):
+    def __init__(self, config: ModelConfig, prefix_width: int, state_dim: int | None, num_bins: int):
         super().__init__()
         self.v = DistributionalValueHead(config, prefix_width, state_dim, num_bins)

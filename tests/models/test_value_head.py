@@ -14,9 +14,9 @@ PREFIX_WIDTH, NUM_TOKENS, BATCH, NUM_BINS = 16, 7, 5, 201
 CONFIG = tiny_config()
 
 
-def build() -> DistributionalCritic:
+def build(state_dim: int | None = CONFIG.max_state_dim) -> DistributionalCritic:
     torch.manual_seed(0)
-    return DistributionalCritic(CONFIG.model, PREFIX_WIDTH, CONFIG.max_state_dim, NUM_BINS)
+    return DistributionalCritic(CONFIG.model, PREFIX_WIDTH, state_dim, NUM_BINS)
 
 
 def inputs() -> tuple[PrefixFeatures, torch.Tensor]:
@@ -44,6 +44,16 @@ def test_masked_tokens_change_nothing_and_real_ones_and_the_state_do():
     assert torch.equal(critic.v(dirty, state), logits)
     assert not torch.equal(critic.v(PrefixFeatures(prefix.hidden + prefix.hidden.flip(2), prefix.mask), state), logits)
     assert not torch.equal(critic.v(prefix, state + 1.0), logits)
+
+
+def test_a_critic_that_does_not_read_the_state_has_no_weights_for_it():
+    critic = build(state_dim=None)
+    prefix, state = inputs()
+    assert torch.equal(critic.v(prefix, state + 1.0), critic.v(prefix, state))
+    assert {name for name, _ in build().named_parameters()} - {name for name, _ in critic.named_parameters()} == {
+        "v.vector_in.weight",
+        "v.vector_in.bias",
+    }
 
 
 def test_the_last_layer_is_float32_whatever_its_weights_are():
