@@ -89,11 +89,11 @@ class PiStarRECAPConfig(Section):
         if distributional and self.value.reward == "environment":
             raise ValueError("value.critic: distributional learns sparse_time returns; set value.reward=sparse_time")
         if not self.value.reads_state and not distributional:
-            raise ValueError("value.reads_state: the IQL critics always read the state; set value.critic=distributional")
+            raise ValueError("value.reads_state: IQL critics always read the state; set value.critic=distributional")
         if self.model.stop_gradient and not self.vlm_is_frozen and stage == "policy":
             raise ValueError(
-                "model.stop_gradient: in stage policy nothing else trains the VLM; set model.freeze_vlm=true and "
-                "lora.enabled=false"
+                "model.stop_gradient: in stage policy nothing but the expert trains the VLM; set model.freeze_vlm=true "
+                "and lora.enabled=false, or let the expert train it"
             )
         if stage == "policy":
             self._check_labels()

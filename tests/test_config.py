@@ -123,7 +123,7 @@ def test_a_wrong_override_is_refused_in_one_line(override, expected):
         (["data.mixture.demo=0"], "data.mixture: no source has a positive weight"),
         (["model.qv_num_heads=7"], "model.qv_{hidden_size,num_heads}: 512 does not divide into 7 heads"),
         (["value.critic=distributional"], "value.critic: distributional is trained in stage critic"),
-        (["value.reads_state=false"], "value.reads_state: the IQL critics always read the state"),
+        (["value.reads_state=false"], "value.reads_state: IQL critics always read the state"),
         (
             ["training.stage=critic", "value.critic=distributional", "value.reward=environment"],
             "value.critic: distributional learns sparse_time returns",
@@ -138,7 +138,7 @@ def test_a_wrong_override_is_refused_in_one_line(override, expected):
         ),
         (
             ["training.stage=policy", "recap.sft=true", "model.freeze_vlm=false", "model.stop_gradient=true"],
-            "model.stop_gradient: in stage policy nothing else trains the VLM",
+            "model.stop_gradient: in stage policy nothing but the expert trains the VLM",
         ),
         (
             ["training.stage=policy", "recap.sft=true", "evaluation.gate=mae"],

@@ -17,7 +17,7 @@ from recap_ds.config import PiStarRECAPConfig
 from recap_ds.models.critics import Critic, QNetworks
 from recap_ds.models.iql_losses import critic_losses
 from recap_ds.models.losses import EvaluationOutput, LossNormalizers, TrainOutput
-from recap_ds.models.pixels import augment, to_pixels
+from recap_ds.models.pixels import to_pixels, training_pixels
 from recap_ds.models.prefixes import encode_both, encode_shuffled
 from recap_ds.models.value_head import DistributionalCritic
 from recap_ds.models.vlm import PrefixFeatures, VisionLanguageModel
@@ -49,17 +49,13 @@ def critic_step(
     augmented: bool,
 ) -> TrainOutput:
     """Loss of one micro-batch; ``normalizers``: the whole step's counts."""
-    pixels = to_pixels(batch.observation.images)
-    if augmented:
-        pixels = augment(pixels, batch.augmentation)
+    pixels = training_pixels(batch.observation.images, batch.augmentation, augmented)
     if config.value.critic == "distributional":
         fit = _value_fit(parts, config, batch, parts.vlm(batch.observation, pixels))
         loss = fit.nll.sum() / normalizers.monte_carlo
         return TrainOutput(loss, v_loss=fit.nll.detach(), v=fit.v, value_error=fit.error)
 
-    next_pixels = to_pixels(batch.next_observation.images)
-    if augmented:
-        next_pixels = augment(next_pixels, batch.augmentation)
+    next_pixels = training_pixels(batch.next_observation.images, batch.augmentation, augmented)
     prefixes = encode_both(parts.vlm, batch, pixels, next_pixels)
     critic = critic_losses(parts.critic, parts.target_critic, config, batch, *prefixes)
     return TrainOutput(

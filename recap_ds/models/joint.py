@@ -21,7 +21,7 @@ from recap_ds.models.dit_cross import DiTCrossExpert
 from recap_ds.models.flow_losses import evaluate_flow, flow_losses, source_weight
 from recap_ds.models.iql_losses import critic_losses
 from recap_ds.models.losses import EvaluationOutput, LossNormalizers, TrainOutput
-from recap_ds.models.pixels import augment, to_pixels
+from recap_ds.models.pixels import to_pixels, training_pixels
 from recap_ds.models.prefixes import detached, encode_both, encode_shuffled
 from recap_ds.models.vlm import VisionLanguageModel
 
@@ -45,9 +45,8 @@ def joint_step(
     augmented: bool,
 ) -> TrainOutput:
     """Loss of one micro-batch. ``scale``: thresholds of the step before; ``normalizers``: the whole step's counts."""
-    pixels, next_pixels = to_pixels(batch.observation.images), to_pixels(batch.next_observation.images)
-    if augmented:
-        pixels, next_pixels = augment(pixels, batch.augmentation), augment(next_pixels, batch.augmentation)
+    pixels = training_pixels(batch.observation.images, batch.augmentation, augmented)
+    next_pixels = training_pixels(batch.next_observation.images, batch.augmentation, augmented)
     prefix, next_prefix = encode_both(parts.vlm, batch, pixels, next_pixels)
     for_policy, for_critic = prefix, detached(prefix)
     if config.model.stop_gradient:

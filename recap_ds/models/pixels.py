@@ -15,6 +15,12 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
+def training_pixels(images: Tensor, draws: Tensor, augmented: bool) -> Tensor:
+    """``to_pixels`` of a training batch's images, augmented by its ``draws`` where the run asks for that."""
+    pixels = to_pixels(images)
+    return augment(pixels, draws) if augmented else pixels
+
+
 def augment(pixels: Tensor, draws: Tensor) -> Tensor:
     """Shift and recolour; ``draws`` [B, 5] uniform in [0, 1), shared by a sample's cameras."""
     shift_y, shift_x, brightness, contrast, saturation = (2.0 * draws - 1.0).unbind(dim=1)

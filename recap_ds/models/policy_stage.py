@@ -18,7 +18,7 @@ from recap_ds.config import PiStarRECAPConfig
 from recap_ds.models.dit_cross import DiTCrossExpert
 from recap_ds.models.flow_losses import evaluate_flow, flow_losses, source_weight
 from recap_ds.models.losses import EvaluationOutput, LossNormalizers, TrainOutput
-from recap_ds.models.pixels import augment, to_pixels
+from recap_ds.models.pixels import to_pixels, training_pixels
 from recap_ds.models.vlm import VisionLanguageModel
 
 
@@ -38,9 +38,7 @@ def policy_step(
     augmented: bool,
 ) -> TrainOutput:
     """Loss of one micro-batch. ``sigma`` [K]: the labels' spread of A per task; ``normalizers``: the step's counts."""
-    pixels = to_pixels(batch.observation.images)
-    if augmented:
-        pixels = augment(pixels, batch.augmentation)
+    pixels = training_pixels(batch.observation.images, batch.augmentation, augmented)
     prefix = parts.vlm(batch.observation, pixels)
     indicator, weight = _extraction(config, batch, sigma)
     flow = flow_losses(parts.action_expert, batch, prefix, indicator, weight)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recap_ds.models.pixels import MAX_SHIFT, augment, to_pixels
+from recap_ds.models.pixels import MAX_SHIFT, augment, to_pixels, training_pixels
 
 IDENTITY = torch.full((1, 5), 0.5)
 SIDE = 32
@@ -21,6 +21,12 @@ def draws(**changes):
 
 def test_uint8_spans_minus_one_to_one():
     assert to_pixels(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
+
+
+def test_training_augments_where_it_is_asked_to():
+    pictures, moved = images(1), draws(shift_x=0.9, contrast=0.2)
+    assert torch.equal(training_pixels(pictures, moved, augmented=False), to_pixels(pictures))
+    assert torch.equal(training_pixels(pictures, moved, augmented=True), augment(to_pixels(pictures), moved))
 
 
 def test_draws_of_one_half_change_nothing():
