@@ -27,7 +27,7 @@ setup(
     extras_require={
         # Reading LeRobot data sets: AV1 video.
         "lerobot": ["av>=14"],
-        "test": ["pytest>=8", "ruff>=0.15,<0.18", "av>=14"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6,<4", "ruff>=0.15,<0.18", "av>=14"],
     },
     entry_points={"console_scripts": ["recap-ds = recap_ds.cli.main:main"]},
 )
