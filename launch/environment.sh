@@ -33,7 +33,8 @@ check_environment_files() {
     while IFS= read -r line || [[ -n $line ]]; do
       number=$((number + 1))
       [[ $line =~ ^[A-Za-z_][A-Za-z0-9_]*=[^\'\"\$\`\\%]*$ && $line != *$'\r'* ]] ||
-        fail "$file, line $number: '$line' is not NAME=value; no blank lines, comments, quotes, %, \$, \` or \\"
+        fail "$file, line $number: $(printf %q "$line") is not NAME=value;" \
+          "no blank lines, comments, quotes, Windows line ends, %, \$, \` or \\"
     done <"$file"
   done < <(environment_files)
 }
