@@ -35,7 +35,8 @@ if [[ $1 == show ]]; then echo 127.0.0.1; echo other; else echo "$@" >>scontrol;
 TASK = """
 import json, os, sys
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FROM_FILE")
-print(json.dumps({"pid": os.getpid(), "words": sys.argv[1:]} | {name: os.environ.get(name) for name in names}))
+facts = {"pid": os.getpid(), "words": sys.argv[1:]} | {name: os.environ.get(name) for name in names}
+sys.stdout.write(json.dumps(facts) + "\\n")  # one write: tasks share a pipe
 if os.environ["RANK"] == "1":
     with open("codes") as file:
         code, *rest = file.read().split()
