@@ -20,6 +20,7 @@ setup(
         "pydantic>=2.10,<3",
         "safetensors>=0.5,<1",
         "numpy>=1.26,<3",
+        "packaging>=23",
         "pyarrow>=17",
         "pillow>=10",
         "tqdm>=4.66",

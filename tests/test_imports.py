@@ -34,9 +34,10 @@ ALLOWED = {
     "label": BASE | {"algo", "processing", "models", "data", "distributed", "checkpoint", "evaluate"},
     "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate"},
     "iterate": BASE | {"models", "data", "checkpoint", "label", "train"},
+    "doctor": BASE | {"models", "data", "distributed"},
     "cli": BASE
     | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"}
-    | {"iterate"},
+    | {"iterate", "doctor"},
 }
 # The only modules, by the start of their name, that may import these. Pickle has no home.
 HOMES = {
