@@ -193,6 +193,12 @@ class CheckpointConfig(Section):
     keep_every_steps: int | None = Field(None, ge=1)
     # Beside ours, a native ZeRO checkpoint on which zero_to_fp32.py works.
     also_deepspeed: bool = False
+    # Write in a thread while training goes on, which then stands still for a copy only. The copy takes host memory: 12
+    # bytes per trainable parameter and 4 more with an average, shared out over the ranks. The last save, one before a
+    # stop and the best so far are waited for, as is all that also_deepspeed writes.
+    background: bool = False
+    # A save that fails (a full disk) is tried again at the next one; as many in a row end the run.
+    max_failed_saves: int = Field(3, ge=1)
 
 
 class LoggingConfig(Section):

@@ -4,8 +4,9 @@ A wrong input becomes the same UsageError everywhere, a disk or folder that fail
 our bug: it keeps its traceback on the rank it happened on.
 """
 
+import json
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -49,6 +50,14 @@ def on_every_rank(runtime: Runtime, function: Callable[[], Result]) -> Result:
         rank = next(rank for rank, message in enumerate(messages) if message)
         _raise(error, messages[rank], rank)
     return value
+
+
+def gather_objects(runtime: Runtime, value: Any) -> list[Any]:
+    """Every rank's small ``value``, in rank order, through JSON. Collective: every rank must call."""
+    text = json.dumps(value).encode()
+    length = agree(len(text), runtime.device)
+    row = torch.tensor(list(text.ljust(length)), dtype=torch.uint8, device=runtime.device)
+    return [json.loads(bytes(gathered)) for gathered in gather_flat(row).view(-1, length).tolist()]
 
 
 def _all_messages(runtime: Runtime, error: Exception | None) -> list[list[int]]:

@@ -31,6 +31,7 @@ class ParameterRecord(_Part):
 class CheckpointRecord(_Part):
     format_version: int = FORMAT_VERSION
     recap_ds_version: str
+    saved_at: str | None = None  # UTC, ISO 8601; None in those of before it was written down
     step: int
     adam_step: int  # applied optimizer steps, for Adam's bias correction
     world: int

@@ -15,7 +15,7 @@ from torch import Tensor
 from recap_ds.checkpoint import layout
 from recap_ds.checkpoint.agreement import on_every_rank, on_main
 from recap_ds.checkpoint.record import CheckpointRecord, ParameterRecord, open_tiles, verify_checkpoint
-from recap_ds.checkpoint.save import shadow_names, trainable_parameters
+from recap_ds.checkpoint.snapshot import shadow_names, trainable_parameters
 from recap_ds.distributed.engine import DeepSpeedEngine
 from recap_ds.distributed.runtime import Runtime
 from recap_ds.distributed.shadows import Shadow

@@ -7,7 +7,6 @@ Does not know models, losses or learning-rate schedules: the caller sets ``lr`` 
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import deepspeed
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 from recap_ds.distributed.reduce import sum_over_ranks
 from recap_ds.distributed.runtime import accelerator_is_cpu
-
-NATIVE_TAG = "zero"
 
 
 class ParameterGroup(TypedDict):
@@ -123,11 +120,6 @@ def _local_gradients(engine: DeepSpeedEngine) -> Iterator[tuple[int, list[Tensor
         group_index = optimizer.sub_group_to_group_id[index] if zero_stage(engine) == 3 else index
         gradients = [master.grad] if offloads_optimizer(engine) else list(optimizer.averaged_gradients[index])
         yield group_index, gradients
-
-
-def save_native(engine: DeepSpeedEngine, folder: Path) -> None:
-    """DeepSpeed's own checkpoint in ``folder``, for its ``zero_to_fp32.py``. Collective: every rank must call."""
-    engine.save_checkpoint(str(folder), tag=NATIVE_TAG, client_state={})
 
 
 def destroy_engine(engine: DeepSpeedEngine) -> None:
