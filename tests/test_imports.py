@@ -21,7 +21,7 @@ ALLOWED = {
     "sections": set(),
     "config": {"errors", "sections"},
     "recipe": {"config", "errors"},
-    "processing": {"config", "errors"},
+    "processing": {"config", "errors", "files"},
     "files": {"errors"},
     "algo": {"config", "batch", "errors"},
     "models": BASE | {"algo", "processing"},

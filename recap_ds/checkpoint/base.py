@@ -17,6 +17,7 @@ from recap_ds.checkpoint.base_record import BaseRecord
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.distributed.build import gather, param_is_sharded
 from recap_ds.distributed.runtime import Runtime
+from recap_ds.errors import RunFailed
 from recap_ds.files.atomic import sync_folder
 from recap_ds.files.records import FileRecord, record_files, write_text
 from recap_ds.files.tensors import TensorFileWriter
@@ -52,11 +53,19 @@ def ensure_base(
         return
     folder = run / layout.BASE_NAME
     unfinished = run / f".{layout.BASE_NAME}.unfinished"
-    on_main(runtime, lambda: _start(unfinished, policy, config, source))
-    files: dict[str, FileRecord] = {}
-    if config.model.freeze_vlm and policy.vlm.random_init:
-        files[VLM_WEIGHTS_NAME] = _write_weights(unfinished / VLM_WEIGHTS_NAME, policy, runtime)
-    on_main(runtime, lambda: _finish(run, unfinished, folder, files, config, source))
+    try:
+        on_main(runtime, lambda: _start(unfinished, policy, config, source))
+        files: dict[str, FileRecord] = {}
+        if config.model.freeze_vlm and policy.vlm.random_init:
+            files[VLM_WEIGHTS_NAME] = _write_weights(unfinished / VLM_WEIGHTS_NAME, policy, runtime)
+        on_main(runtime, lambda: _finish(run, unfinished, folder, files, config, source))
+    except RunFailed as error:  # agreed on: nobody writes any more
+        if runtime.info.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)  # the next start removes what cannot be removed now
+        raise RunFailed(
+            f"{folder}: the VLM that the run does not train could not be written ({error}); free space there or make "
+            "the folder writable, then start the run again"
+        ) from error
 
 
 def _check(run: Path, config: PiStarRECAPConfig, source: Path | None) -> None:
@@ -96,9 +105,12 @@ def _write_weights(path: Path, policy: PiStarRECAPPolicy, runtime: Runtime) -> F
                     error = caught
 
     def finish() -> FileRecord | None:
-        if error is not None:
-            raise error
-        return writer.finish() if writer is not None else None
+        if writer is None:
+            return None
+        with writer:  # closes the file of a write that failed, too
+            if error is not None:
+                raise error
+            return writer.finish()
 
     return on_every_rank(runtime, finish)
 

@@ -24,7 +24,7 @@ from recap_ds.data.sample import SampleArrays
 from recap_ds.data.shard_set import DamagedSample
 from recap_ds.data.workers import worker_options
 from recap_ds.errors import UsageError
-from recap_ds.files.atomic import append_line
+from recap_ds.files.lines import append_line
 
 # Replacements tried for one slot. With one sample in ten damaged, all fail once in 10^16 slots.
 MAX_ATTEMPTS = 16

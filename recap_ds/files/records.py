@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recap_ds.errors import UsageError
+from recap_ds.files.atomic import write_file
 
 HASH_BLOCK_BYTES = 2**22
 MAX_HASH_THREADS = 8  # sha256 releases the interpreter lock; beyond this the disk is the limit
@@ -75,8 +76,8 @@ def file_problems(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
 
 
 def write_checked_json(path: Path, body: Mapping[str, Any]) -> None:
-    """``body``, which names its ``format_version``, with a checksum over all of it."""
-    write_text(path, json.dumps({"sha256": _json_checksum(body), **body}, indent=1) + "\n")
+    """``body``, which names its ``format_version``, with a checksum over all of it; whole, or not there."""
+    write_file(path, (json.dumps({"sha256": _json_checksum(body), **body}, indent=1) + "\n").encode())
 
 
 def read_checked_json(path: Path, format_version: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recap_ds.errors import UsageError
+from recap_ds.files.atomic import write_file
 
 CONTRACT_NAME = "contract.json"
 
@@ -32,7 +33,7 @@ class RobotContract(_Part):
     manifest_hash: str  # of the shards it was trained on
 
     def save(self, folder: Path) -> None:
-        (folder / CONTRACT_NAME).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_file(folder / CONTRACT_NAME, (self.model_dump_json(indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, folder: Path) -> "RobotContract":

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from recap_ds.config import LoggingConfig
 from recap_ds.errors import UsageError
+from recap_ds.files.lines import LineFile
 from recap_ds.train.run_folder import RunFolder
 
 SHOWN = ("loss", "policy_loss", "q_loss", "v_loss")
@@ -26,12 +27,13 @@ class Logbook:
         self._total_steps = total_steps
         self._is_main = is_main
         self._file = self._bar = self._wandb = None
+        self._refused = False  # True = the last line is not in the file yet
 
     def open(self, step: int, wandb_id: str | None) -> str | None:
         """Start logging after ``step`` steps; returns wandb's run id, by which a later start continues the same run."""
         if not self._is_main:
             return wandb_id
-        self._file = self._run.metrics.open("a", encoding="utf-8")
+        self._file = LineFile(self._run.metrics)
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True)
         mode = wandb_mode(self._logging)
@@ -64,8 +66,10 @@ class Logbook:
         if not self._is_main:
             return
         assert self._file is not None, "the logbook is not open"
-        self._file.write(json.dumps({"step": step, **finite_or_none(metrics)}) + "\n")
-        self._file.flush()
+        refused = self._file.add(json.dumps({"step": step, **finite_or_none(metrics)}))
+        if refused and not self._refused:  # once: a full disk stays full for many lines
+            self.say(f"warning: {refused}; its lines are kept until it can be")
+        self._refused = refused is not None
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
         self._show(step, metrics)

@@ -4,15 +4,16 @@ All that a run has to remember is ``Progress``, the engine's tiles, the shadows 
 is a function of ``next_slot``. So an interrupted run continues as if it had not been.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from recap_ds.checkpoint.agreement import on_main
 from recap_ds.checkpoint.resume import find_checkpoint, load_checkpoint
-from recap_ds.checkpoint.save import save_checkpoint
+from recap_ds.checkpoint.saver import CheckpointSaver
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.loader import BatchLoader, build_train_loader
 from recap_ds.distributed.build import whole_numel
+from recap_ds.distributed.flags import FlagExchange, StepFlags
 from recap_ds.distributed.runtime import accelerator_is_cpu
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.train.evaluation import HeldOutEvaluation
@@ -58,11 +59,14 @@ def train(session: Session) -> dict[str, Any]:
     with Logbook(plan.run, config.logging, config.training.num_training_steps, settings, plan.info.is_main) as logbook:
         progress.wandb_id = on_main(session.runtime, lambda: logbook.open(progress.step, progress.wandb_id))
         announce(session, logbook, progress, held_out)
-        evaluation = take_steps(session, progress, held_out, logbook)
+        saver = build_saver(session, progress, logbook)
+        evaluation = take_steps(session, progress, held_out, logbook, saver)
     return finish(session, progress, evaluation)
 
 
-def take_steps(session: Session, progress: Progress, held_out: HeldOutEvaluation, logbook: Logbook) -> dict[str, float]:
+def take_steps(
+    session: Session, progress: Progress, held_out: HeldOutEvaluation, logbook: Logbook, saver: CheckpointSaver
+) -> dict[str, float]:
     """From ``progress`` to the last step; returns the evaluation there. Collective: every rank must call."""
     plan, config = session.plan, session.plan.config
     num_steps = config.training.num_training_steps
@@ -71,6 +75,7 @@ def take_steps(session: Session, progress: Progress, held_out: HeldOutEvaluation
     metrics = StepMetrics(config, plan.tasks, session.runtime.device)
     times = StepTimes(session.runtime.device)
     batches = iter(build_loader(session, progress))
+    flags = FlagExchange()
     evaluation: dict[str, float] = {}
     while progress.step < num_steps and not progress.gate.gives_up(config):
         times.start()
@@ -86,20 +91,25 @@ def take_steps(session: Session, progress: Progress, held_out: HeldOutEvaluation
         count_skipped(session, progress, micro_batches, result)
         times.stop(plan.sizes.total)
         logbook.tick()
+        saver.advance(bool(flags.exchange(StepFlags(writing=saver.writing)).writing))
 
         if log_now:
             figures = metrics.summarise(result.batch, result.output)
             progress.replaced_samples += int(figures["data/replaced_samples"])
             check_damage(session, progress)
             logbook.write(progress.step, figures | step_figures(session, progress, result) | times.summarise())
-        improved = False
+        improved, gate_before = False, replace(progress.gate)
         if held_out.num_samples and (last_step or progress.step % config.evaluation.every_steps == 0):
             evaluation = held_out.run()
             logbook.write(progress.step, evaluation)
             improved = judge(progress, config, evaluation, logbook)
             last_step |= progress.gate.gives_up(config)
         if last_step or improved or progress.step % config.checkpoint.save_every_steps == 0:
-            save(session, progress, best=improved)
+            saved = save(session, progress, saver, best=improved, last=last_step)
+            if improved and not saved:
+                progress.gate = gate_before  # no checkpoint has it: the next better one than before is the best
+    saver.finish()
+    flags.close()
     if held_out.num_samples and not evaluation:
         # Stopped between the last save and the summary: it was logged, but nobody remembers it.
         evaluation = held_out.run()
@@ -134,19 +144,23 @@ def resume(session: Session) -> Progress:
     return progress
 
 
-def save(session: Session, progress: Progress, best: bool) -> None:
+def build_saver(session: Session, progress: Progress, logbook: Logbook) -> CheckpointSaver:
     """Collective: every rank must call."""
-    save_checkpoint(
+    return CheckpointSaver(
         session.plan.run.checkpoints,
-        progress.step,
         runtime=session.runtime,
         engine=session.engine,
         shadows=session.shadows,
-        state=asdict(progress),
-        tensors={} if session.ring is None else session.ring.state_dict(),
         keep=session.plan.config.checkpoint,
-        best=best,
+        newest_step=progress.step or None,
+        say=logbook.say,
     )
+
+
+def save(session: Session, progress: Progress, saver: CheckpointSaver, best: bool, last: bool) -> bool:
+    """False where it failed and training goes on. Collective: every rank must call."""
+    ring = {} if session.ring is None else session.ring.state_dict()
+    return saver.save(progress.step, asdict(progress), ring, best=best, last=last)
 
 
 def count_skipped(session: Session, progress: Progress, micro_batches: list, result: StepResult) -> None:

@@ -18,7 +18,7 @@ from recap_ds.checkpoint.tile_file import EMA, TARGET
 from recap_ds.data.draws import identity_of
 from recap_ds.distributed.engine import global_grad_norm, grad_norms_by_group, step_was_applied, zero_stale_gradients
 from recap_ds.distributed.reduce import gather_flat, sum_over_ranks
-from recap_ds.files.atomic import append_line
+from recap_ds.files.lines import append_line
 from recap_ds.models.losses import LossNormalizers, TrainOutput, local_counts, normalizers
 from recap_ds.train.metrics import StepMetrics
 from recap_ds.train.optim import learning_rate_factor, set_learning_rates

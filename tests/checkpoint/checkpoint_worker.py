@@ -5,10 +5,12 @@
 <folder>/<kind>/truth.json          losses of steps 4 and 5
 <folder>/<ds config>/               a run in bf16 under another shipped DeepSpeed config
 <folder>/failure/                   a run on which one rank's disk was full
+<folder>/background/                a run saved by threads, one of them slow and one of them on a full disk
 """
 
 import errno
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recap_ds.checkpoint import save as save_module
+from recap_ds.checkpoint import saver as saver_module
 from recap_ds.checkpoint.base import base_folder, ensure_base
 from recap_ds.checkpoint.resume import find_checkpoint, load_checkpoint
 from recap_ds.checkpoint.save import save_checkpoint
+from recap_ds.checkpoint.saver import CheckpointSaver
 from recap_ds.config import CheckpointConfig, PiStarRECAPConfig
 from recap_ds.distributed.build import gather
+from recap_ds.distributed.flags import FlagExchange, StepFlags
 from recap_ds.distributed.runtime import Runtime
 from recap_ds.distributed.tiles import KEYS, local_shard, local_tiles, read_adam_step, read_tile
 from recap_ds.errors import RunFailed
@@ -41,6 +46,7 @@ def scenarios(runtime: Runtime, folder: str) -> dict:
     results = {kind: one_run(runtime, Path(folder) / kind, kind) for kind in KINDS}
     results |= {ds_name: other_layout(runtime, Path(folder) / ds_name, ds_name) for ds_name in LAYOUTS}
     results["failure"] = failing_rank(runtime, Path(folder) / "failure")
+    results["background"] = background(runtime, Path(folder) / "background")
     return results
 
 
@@ -146,32 +152,98 @@ def leave_truth(run: TinyRun, folder: Path, runtime: Runtime) -> None:
         (folder / "truth.json").write_text(json.dumps(losses))
 
 
+def full_on_rank_1(runtime: Runtime):
+    """A stand-in for a function that writes to one of its arguments: rank 1's disk is full."""
+
+    def full_disk(*arguments):
+        if runtime.info.rank == 1:
+            path = next(argument for argument in arguments if isinstance(argument, str | Path))
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return full_disk.whole(*arguments)
+
+    return full_disk
+
+
 def failing_rank(runtime: Runtime, folder: Path) -> dict:
     """Rank 1's disk is full: nobody has a checkpoint, everybody has the same reason; later it works again."""
     run = start(new_folder(folder, "frozen", runtime), runtime)
     save(run, folder, 2, runtime)
     save(run, folder, 4, runtime)
-    whole = save_module.write_tile_file
-
-    def full_disk(path, tiles):
-        if runtime.info.rank == 1:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return whole(path, tiles)
-
-    save_module.write_tile_file = full_disk
-    try:
-        save(run, folder, 6, runtime)
-        message = "saved"
-    except RunFailed as error:
-        message = str(error)
-    finally:
-        save_module.write_tile_file = whole
+    places = {"ours": (save_module, "write_tile_file", {}), "deepspeed": (run.engine.checkpoint_engine, "save", {})}
+    places["deepspeed"][2]["also_deepspeed"] = True
+    messages = {}
+    for name, (owner, function, keep) in places.items():
+        full_disk = full_on_rank_1(runtime)
+        full_disk.whole = getattr(owner, function)
+        setattr(owner, function, full_disk)
+        try:
+            save(run, folder, 6, runtime, **keep)
+        except RunFailed as error:
+            messages[name] = str(error)
+        setattr(owner, function, full_disk.whole)
     before = sorted(path.name for path in (folder / "checkpoints").iterdir()) if runtime.info.is_main else None
     latest = (folder / "checkpoints" / "latest").readlink().name
     runtime.barrier()  # nobody saves again before both have looked
     save(run, folder, 8, runtime, keep_last=1)
     after = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    return {"message": message, "before": before, "latest": latest, "after": after}
+    return {"messages": messages, "before": before, "latest": latest, "after": after}
+
+
+def background(runtime: Runtime, folder: Path) -> dict:
+    """Rank 1 writes slowly, and training goes on; then its disk is full; then all is well."""
+    run = start(new_folder(folder, "frozen", runtime), runtime)
+    train(run, range(2), runtime)
+    save(run, folder, 2, runtime)  # in the foreground: what the thread's must equal
+    said, seen = [], []
+    saver = CheckpointSaver(
+        folder / "checkpoints",
+        runtime=runtime,
+        engine=run.engine,
+        shadows=run.shadows,
+        keep=CheckpointConfig(background=True, keep_last=9),
+        newest_step=2,
+        say=said.append,
+    )
+    flags, may_write, whole = FlagExchange(), threading.Event(), saver_module.write_files
+
+    def boundary() -> None:
+        saver.advance(bool(flags.exchange(StepFlags(writing=saver.writing)).writing))
+        seen.append((folder / "checkpoints" / "latest").readlink().name)
+        runtime.barrier()  # both have looked
+
+    def slow(pending, rank):
+        assert rank == 0 or may_write.wait(60)
+        return whole(pending, rank)
+
+    saver_module.write_files = slow
+    begun = saver.save(3, {"step": 3}, RING)
+    losses = train(run, range(2, 5), runtime)
+    for _ in range(3):
+        boundary()
+    may_write.set()
+    while saver._background is not None:
+        boundary()
+    until_committed = seen.index("step_00000003")
+    full_disk = full_on_rank_1(runtime)
+    full_disk.whole = save_module.write_tile_file
+    saver_module.write_files, save_module.write_tile_file = whole, full_disk
+    saver.save(5, {"step": 5}, RING)
+    saver.finish()
+    save_module.write_tile_file = full_disk.whole
+    failed = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+    runtime.barrier()
+    saver.save(6, {"step": 6}, RING)
+    saver.finish()
+    saver.save(7, {"step": 7}, RING, last=True)
+    flags.close()
+    return {
+        "begun": begun,
+        "losses": losses,
+        "until_committed": until_committed,
+        "said": said,
+        "failed": failed,
+        "after": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+    }
 
 
 if __name__ == "__main__":

@@ -27,3 +27,12 @@ def runtime():
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def one_rank(runtime):
+    """A tiny run with a frozen VLM in this process."""
+    from tests.checkpoint.hand_made import make_config
+    from tests.checkpoint.tiny_run import start
+
+    return start(make_config("frozen"), runtime)

@@ -1,12 +1,14 @@
 """The frozen VLM of a run: written if it was drawn at random, remembered by its checksums if it came from files."""
 
+import errno
 import shutil
 
 import pytest
 
 from recap_ds.checkpoint.base import base_folder, ensure_base
 from recap_ds.checkpoint.base_record import BaseRecord, frozen_weights
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunFailed, UsageError
+from recap_ds.files.tensors import TensorFileWriter
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.pretrained import save_pretrained
 from tests.checkpoint.hand_made import make_config
@@ -90,3 +92,19 @@ def test_a_start_that_was_cut_off_leaves_nothing_to_trust(runtime, tmp_path):
     ensure_base(tmp_path, policy, config, runtime)
     assert frozen_weights(tmp_path, config.model) == tmp_path / "base"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "base.json"]
+
+
+@pytest.mark.parametrize("where", ["weights", "record"])
+def test_a_full_disk_leaves_a_run_that_can_start_again(runtime, tmp_path, monkeypatch, where):
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = make_config("frozen")
+    policy = PiStarRECAPPolicy(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((TensorFileWriter, "write") if where == "weights" else (BaseRecord, "save")), full_disk)
+        with pytest.raises(RunFailed, match=r"base: the VLM .* could not be written \(No space left on device\); free"):
+            ensure_base(tmp_path, policy, config, runtime)
+    assert base_folder(tmp_path) is None and not (tmp_path / ".base.unfinished").exists()
+    ensure_base(tmp_path, policy, config, runtime)
+    assert frozen_weights(tmp_path, config.model) == tmp_path / "base"

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from recap_ds.checkpoint import save as save_module
 from recap_ds.checkpoint.base import base_folder, ensure_base
-from recap_ds.checkpoint.resume import load_checkpoint
+from recap_ds.checkpoint.resume import load_checkpoint, read_state
 from recap_ds.checkpoint.save import remove_unfinished, save_checkpoint
 from recap_ds.config import CheckpointConfig
 from recap_ds.distributed.tiles import read_adam_step
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.models.vlm_weights import checkpoint_tensors
 from recap_ds.recipe import load_config
-from tests.checkpoint.hand_made import KINDS, make_config
+from tests.checkpoint.hand_made import KINDS
 from tests.checkpoint.tiny_run import start, train
 
 
@@ -55,14 +55,37 @@ def test_a_rank_that_fails_fails_all_and_changes_nothing(two_ranks):
     for result in (rank["failure"] for rank in two_ranks[1]):
         checkpoints = two_ranks[0] / "failure" / "checkpoints"
         path = checkpoints / ".step_00000006.unfinished" / "rank_00001.safetensors"
-        assert result["message"].startswith(
-            f"{checkpoints}: saving step 6 failed (rank 1: {path}: No space left on device); free space"
-        )
+        native = checkpoints / ".step_00000006.unfinished/deepspeed/zero/zero_pp_rank_1_mp_rank_00_model_states.pt"
+        for name, full in (("ours", path), ("deepspeed", native)):
+            assert result["messages"][name].startswith(
+                f"{checkpoints}: saving step 6 failed (rank 1: {full}: No space left on device); free space"
+            )
         assert result["latest"] == "step_00000004"
         # keep_last=1, and the best; nothing hidden is left either
         assert result["after"] == ["best", "latest", "step_00000002", "step_00000008"]
     # Rank 0 has removed the unfinished folder by the time it raises.
     assert two_ranks[1][0]["failure"]["before"] == ["best", "latest", "step_00000002", "step_00000004"]
+
+
+def test_threads_write_what_was_there_and_all_ranks_commit_together(two_ranks):
+    first, second = (rank["background"] for rank in two_ranks[1])
+    assert first["begun"] and second["begun"] and first["losses"] == second["losses"]
+    # Not before the slow rank was done, and at the same boundary.
+    assert first["until_committed"] == second["until_committed"] >= 3
+    folder = two_ranks[0] / "background" / "checkpoints"
+    for rank in (0, 1):
+        name = f"rank_{rank:05d}.safetensors"
+        before, thread, now = (folder / f"step_{step:08d}" / name for step in (2, 3, 6))
+        assert thread.read_bytes() == before.read_bytes() != now.read_bytes()
+    assert read_state(folder / "step_00000003") == {"step": 3}
+    for result in (first, second):
+        assert result["failed"] == ["step_00000002", "step_00000003"]
+        (line,) = result["said"]
+        assert line.startswith("warning: saving step 5 failed (rank 1: ") and line.endswith(
+            "No space left on device); training goes on, step_00000003 is whole and the next save tries again "
+            "(1 of checkpoint.max_failed_saves=3)"
+        )
+        assert result["after"] == ["best", "latest", *(f"step_{step:08d}" for step in (2, 3, 6, 7))]
 
 
 def test_a_random_frozen_vlm_is_written_once_and_read_from_then_on(two_ranks, runtime):
@@ -84,11 +107,6 @@ def test_a_changed_base_is_refused(two_ranks, runtime, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(UsageError, match="was changed or damaged"):
         ensure_base(run, None, load_config(run / "config.yaml"), runtime)
-
-
-@pytest.fixture(scope="module")
-def one_rank(runtime):
-    return start(make_config("frozen"), runtime)
 
 
 def save(run, checkpoints, step, runtime, best=False, **keep):

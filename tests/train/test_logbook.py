@@ -8,6 +8,7 @@ import pytest
 
 from recap_ds.config import LoggingConfig
 from recap_ds.errors import UsageError
+from recap_ds.files.lines import LineFile
 from recap_ds.train.logbook import Logbook, wandb_mode
 from recap_ds.train.run_folder import RunFolder
 from tests.tiny import tiny_config
@@ -147,3 +148,17 @@ def test_a_run_left_by_an_error_has_failed_in_wandb(tmp_path):
     with pytest.raises(RuntimeError, match="diverged"), failing:
         raise RuntimeError("diverged")
     assert fake.exit_codes == [0, 1]
+
+
+def test_a_full_disk_is_said_once(tmp_path, capsys, monkeypatch):
+    run = open_folder(tmp_path)
+    answers = iter(["the disk is full", "the disk is full", None, "the disk is full"])
+    monkeypatch.setattr(LineFile, "add", lambda self, line: next(answers))
+    with logbook(run) as book:
+        book.open(0, None)
+        book.write(1, {"train/loss": 1.0})
+        book.write(2, {"train/loss": 2.0})
+        book.write(3, {"train/loss": 3.0})
+        book.write(4, {"train/loss": 4.0})
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "full" in line]
+    assert warnings == ["warning: the disk is full; its lines are kept until it can be"] * 2

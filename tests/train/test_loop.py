@@ -90,6 +90,24 @@ class FakeLogbook:
     def tick(self) -> None: ...
 
 
+class FakeSaver:
+    """Takes no time; fails where it is told to."""
+
+    writing = False
+
+    def __init__(self, failing: tuple[int, ...] = ()):
+        self.failing, self.saves, self.finished = failing, [], False
+
+    def save(self, step: int, state: dict, tensors: dict, *, best: bool, last: bool) -> bool:
+        self.saves.append((step, best) if not last else (step, best, "last"))
+        return step not in self.failing
+
+    def advance(self, writing_anywhere: bool) -> None: ...
+
+    def finish(self) -> None:
+        self.finished = True
+
+
 @pytest.fixture
 def run_steps(monkeypatch):
     """``take_steps`` around steps that do nothing: (progress, losses) -> (last evaluation, saves, logbook)."""
@@ -99,10 +117,8 @@ def run_steps(monkeypatch):
     applied = SimpleNamespace(applied=True, batch=None, output=None)
     monkeypatch.setattr(loop, "take_step", lambda *_, **__: applied)
     monkeypatch.setattr(loop, "step_figures", lambda *_: {})
-    saves = []
-    monkeypatch.setattr(loop, "save", lambda session, progress, best: saves.append((progress.step, best)))
 
-    def run(progress: Progress, losses: list[float], **training):
+    def run(progress: Progress, losses: list[float], failing: tuple[int, ...] = (), **training):
         config = tiny_config(
             training={"num_training_steps": 20, **training},
             evaluation={"every_steps": 2},
@@ -110,9 +126,11 @@ def run_steps(monkeypatch):
         )
         sizes = SimpleNamespace(accumulation=1, total=8)
         plan = SimpleNamespace(config=config, sizes=sizes, tasks=[], run=RunFolder(config))
-        session = SimpleNamespace(plan=plan, runtime=SimpleNamespace(device=torch.device("cpu")))
-        logbook = FakeLogbook()
-        return loop.take_steps(session, progress, FakeHeldOut(losses), logbook), saves, logbook
+        session = SimpleNamespace(plan=plan, runtime=SimpleNamespace(device=torch.device("cpu")), ring=None)
+        logbook, saver = FakeLogbook(), FakeSaver(failing)
+        evaluation = loop.take_steps(session, progress, FakeHeldOut(losses), logbook, saver)
+        assert saver.finished, "nothing is left in writing"
+        return evaluation, saver.saves, logbook
 
     return run
 
@@ -121,12 +139,19 @@ def test_a_run_that_gets_no_better_stops_early_and_saves_where_it_stopped(run_st
     progress = Progress()
     evaluation, saves, logbook = run_steps(progress, [3.0, 2.0, 2.5, 2.5], early_stop_evaluations=2)
     assert progress.step == 8 and evaluation == {"eval/loss": 2.5}
-    assert saves == [(2, True), (4, True), (5, False), (8, False)]
+    assert saves == [(2, True), (4, True), (5, False), (8, False, "last")]
     assert progress.gate == GateState("loss", 2.0, 2)
     assert [line for line in logbook.said if "stopping at step 8" in line and "at 2.0000" in line]
     # Started again after that save, it takes no further step.
     evaluation, again, _ = run_steps(Progress.restore(asdict(progress)), [2.5], early_stop_evaluations=2)
-    assert evaluation == {"eval/loss": 2.5} and again == saves
+    assert evaluation == {"eval/loss": 2.5} and again == []
+
+
+def test_a_best_that_could_not_be_saved_was_not_the_best(run_steps):
+    progress = Progress()
+    _, saves, _ = run_steps(progress, [3.0, 1.0, 2.0, *[3.0] * 7], failing=(4,))
+    assert saves[:4] == [(2, True), (4, True), (5, False), (6, True)]
+    assert progress.gate.best == 2.0
 
 
 def test_without_patience_a_run_goes_to_its_end(run_steps):
