@@ -76,12 +76,13 @@ def linked_step(checkpoints: Path, link: str) -> int | None:
     return parse_step(os.readlink(path)) if path.is_symlink() and path.exists() else None
 
 
-def hide_folder(folder: Path) -> None:
+def hide_folder(folder: Path) -> Path:
     """Rename out of sight, to be deleted later: a deletion cut short must not leave half a checkpoint behind."""
     hidden = folder.with_name(f".{folder.name}.removed")
     if hidden.exists():
         shutil.rmtree(hidden)
     os.replace(folder, hidden)
+    return hidden
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from recap_ds import __version__
-from recap_ds.cli import consolidate, doctor, iterate, labels, shards
+from recap_ds.cli import checkpoints, consolidate, doctor, iterate, labels, shards
 from recap_ds.cli.errors import Parser, run_program
 
 
@@ -15,6 +15,7 @@ def build_parser() -> Parser:
     shards.add_parser(verbs)
     labels.add_parser(verbs)
     consolidate.add_parser(verbs)
+    checkpoints.add_parser(verbs)
     iterate.add_parser(verbs)
     doctor.add_parser(verbs)
     return parser

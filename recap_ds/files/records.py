@@ -53,11 +53,8 @@ def record_files(paths: Sequence[Path]) -> list[FileRecord]:
         return list(pool.map(record_file, paths))
 
 
-def file_problems(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
-    """What is wrong with ``files`` (relative names) in words: missing, of another size, or changed; [] if all is well.
-
-    Sizes first: they find a truncated file without reading gigabytes.
-    """
+def size_problems(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
+    """Which of ``files`` (relative names) are missing or have another size, in words. Reads none of them."""
     problems = []
     for name, record in files.items():
         path = folder / name
@@ -65,7 +62,15 @@ def file_problems(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != record.bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {record.bytes}")
-    if problems:
+    return problems
+
+
+def file_problems(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
+    """What is wrong with ``files`` (relative names) in words: missing, of another size, or changed; [] if all is well.
+
+    Sizes first: they find a truncated file without reading gigabytes.
+    """
+    if problems := size_problems(folder, files):
         return problems
     found = record_files([folder / name for name in files])
     return [

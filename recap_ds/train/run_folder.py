@@ -6,7 +6,6 @@
 Only rank 0 writes here; checkpoints have rules of their own (``checkpoint/``).
 """
 
-import fcntl
 import json
 import platform
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from pathlib import Path
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.files.atomic import write_file
+from recap_ds.files.lock import lock_folder
 from recap_ds.recipe import changed_keys, dump_config, load_config
 
 # What may differ between a run and its continuation: it changes where and how fast, not what is learned.
@@ -82,13 +82,11 @@ class RunFolder:
     def lock(self) -> None:
         """UsageError where another process trains in this folder. Held until this process ends. Rank 0 only."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self._lock = lock_folder(self.path)
+        if self._lock is None:
             raise UsageError(
                 f"{self.path}: another process trains in this folder; wait for it, stop it, or choose another name="
-            ) from None
+            )
 
     def unlock(self) -> None:
         self._lock.close()

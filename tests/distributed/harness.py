@@ -39,7 +39,7 @@ def run_ranks(worker: str, world: int, *args: str, timeout_seconds: float = 240.
     every rank as soon as one of them fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         ranks = [_start_rank(worker, args, rank, world, Path(folder), port, timeout_seconds) for rank in range(world)]
         _wait(ranks, time.monotonic() + timeout_seconds)
         if any(process.returncode for process in ranks):
@@ -74,7 +74,7 @@ def _start_rank(
         )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
