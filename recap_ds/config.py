@@ -22,6 +22,7 @@ from recap_ds.sections import (
     SourceName,
     TrainingConfig,
     ValueConfig,
+    VlmSource,
 )
 
 # What the rest of the package imports from here: the sections belong to the configuration, wherever they are written.
@@ -37,6 +38,7 @@ __all__ = [
     "SourceName",
     "TrainingConfig",
     "ValueConfig",
+    "VlmSource",
     "batch_sizes",
 ]
 
@@ -75,7 +77,7 @@ class PiStarRECAPConfig(Section):
             )
         if self.recap.advantage_window_min > self.recap.advantage_window:
             raise ValueError("recap.advantage_window_min: cannot exceed recap.advantage_window")
-        if self.model.conv_stem and self.model.vlm_model_name != "tiny":
+        if self.model.conv_stem and self.vlm_source.name != "tiny":
             raise ValueError("model.conv_stem: only the tiny VLM has one")
         if self.data.mixture is not None and not any(weight > 0 for weight in self.data.mixture.values()):
             raise ValueError("data.mixture: no source has a positive weight")
@@ -95,6 +97,7 @@ class PiStarRECAPConfig(Section):
                 "model.stop_gradient: in stage policy nothing but the expert trains the VLM; set model.freeze_vlm=true "
                 "and lora.enabled=false, or let the expert train it"
             )
+        self._check_backbone()
         if stage == "policy":
             self._check_labels()
         elif self.data.labels is not None or self.recap.sft:
@@ -102,6 +105,27 @@ class PiStarRECAPConfig(Section):
             raise ValueError(f"{key}: only stage policy reads it, and training.stage is {stage}; leave it out")
         self._check_gate(has_values=stage != "policy", has_nll=distributional and stage == "critic")
         return self
+
+    def _check_backbone(self) -> None:
+        value = self.value
+        if value.backbone == "shared":
+            for key in ("vlm_model_name", "vlm_revision"):
+                if value.model_dump()[key] is not None:
+                    raise ValueError(
+                        f"value.{key}: only a backbone of the critic's own reads it; set value.backbone=own"
+                    )
+            return
+        if self.training.stage == "joint":
+            raise ValueError(
+                "value.backbone: own is for stage critic; in stage joint critics share the policy's VLM, set shared"
+            )
+        if self.training.stage == "policy":
+            raise ValueError("value.backbone: stage policy has no critic to have a VLM of its own; set shared")
+        if value.vlm_model_name in (None, "tiny"):
+            raise ValueError(
+                "value.vlm_model_name: value.backbone=own needs a hub id or a folder with config.json"
+                + ("; the tiny VLM is to be had with value.backbone=shared" if value.vlm_model_name else "")
+            )
 
     def _check_labels(self) -> None:
         if self.recap.sft and self.data.labels is not None:
@@ -121,6 +145,19 @@ class PiStarRECAPConfig(Section):
             raise ValueError("evaluation.gate: nll is a figure of value.critic=distributional in stage critic")
         if self.training.early_stop_evaluations is not None and self.data.held_out_fraction == 0:
             raise ValueError("training.early_stop_evaluations: needs held-out episodes; raise data.held_out_fraction")
+
+    @property
+    def vlm_source(self) -> VlmSource:
+        """Of the one VLM that the run builds."""
+        source, value = self.model.vlm_source, self.value
+        if not self.has_own_backbone:
+            return source
+        return VlmSource("value.vlm_model_name", value.vlm_model_name, value.vlm_revision, source.random_init)
+
+    @property
+    def has_own_backbone(self) -> bool:
+        """True = the critic's VLM is a model of ``value.vlm_model_name``; nothing of it ever reaches a policy."""
+        return self.value.backbone == "own" and self.value.vlm_model_name is not None
 
     @property
     def vlm_is_frozen(self) -> bool:

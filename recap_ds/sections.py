@@ -5,13 +5,22 @@ frames or optimizer steps, spelled in the name; learning rates are peaks.
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SOURCES = ("demo", "auto", "intervention")
 SourceName = Literal["demo", "auto", "intervention"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class VlmSource(NamedTuple):
+    """Where a run's VLM is read from, and the key that says so, for messages."""
+
+    key: str
+    name: str
+    revision: str | None
+    random_init: bool  # True = the architecture (and tokenizer) alone
 
 
 class Section(BaseModel):
@@ -50,6 +59,10 @@ class ModelConfig(Section):
     qv_num_layers: int = Field(3, ge=1)
     qv_num_heads: int = Field(8, ge=1)
     num_q_networks: int = Field(2, ge=1)
+
+    @property
+    def vlm_source(self) -> VlmSource:
+        return VlmSource("model.vlm_model_name", self.vlm_model_name, self.vlm_revision, self.vlm_random_init)
 
     @model_validator(mode="after")
     def _heads_divide(self):
@@ -94,6 +107,12 @@ class ValueConfig(Section):
 
     # iql: twin Q over action chunks and V, by TD. distributional: bins over the Monte-Carlo return; stage critic only.
     critic: Literal["iql", "distributional"] = "iql"
+    # shared: the critic sees through the VLM of model.*. own: stage critic builds the model of value.vlm_model_name in
+    # its place, a hub id or folder of any image-text-to-text model of transformers whose image path takes pixels
+    # alone; what else model.* and lora.* say of the VLM (freeze_vlm, image_size, vlm_random_init, ...) holds for it.
+    backbone: Literal["shared", "own"] = "shared"
+    vlm_model_name: str | None = None
+    vlm_revision: str | None = None
     num_bins: int = Field(201, ge=2)
     target: Literal["two_hot", "hl_gauss"] = "two_hot"
     # false: a distributional critic judges by images and prompt alone. On small data sets the robot's own state gives

@@ -123,6 +123,31 @@ def test_a_wrong_override_is_refused_in_one_line(override, expected):
         (["data.mixture.demo=0"], "data.mixture: no source has a positive weight"),
         (["model.qv_num_heads=7"], "model.qv_{hidden_size,num_heads}: 512 does not divide into 7 heads"),
         (["value.critic=distributional"], "value.critic: distributional is trained in stage critic"),
+        (["value.backbone=own"], "value.backbone: own is for stage critic; in stage joint critics share"),
+        (["value.vlm_model_name=x/y"], "value.vlm_model_name: only a backbone of the critic's own reads it"),
+        (["value.vlm_revision=main"], "value.vlm_revision: only a backbone of the critic's own reads it"),
+        (
+            ["training.stage=policy", "recap.sft=true", "value.backbone=own", "value.vlm_model_name=x/y"],
+            "value.backbone: stage policy has no critic to have a VLM of its own",
+        ),
+        (
+            ["training.stage=critic", "value.backbone=own"],
+            "value.vlm_model_name: value.backbone=own needs a hub id or a folder with config.json",
+        ),
+        (
+            ["training.stage=critic", "value.backbone=own", "value.vlm_model_name=tiny"],
+            "folder with config.json; the tiny VLM is to be had with value.backbone=shared",
+        ),
+        (
+            [
+                "training.stage=critic",
+                "value.backbone=own",
+                "value.vlm_model_name=x/y",
+                "model.vlm_model_name=tiny",
+                "model.conv_stem=true",
+            ],
+            "model.conv_stem: only the tiny VLM has one",
+        ),
         (["value.reads_state=false"], "value.reads_state: IQL critics always read the state"),
         (
             ["training.stage=critic", "value.critic=distributional", "value.reward=environment"],

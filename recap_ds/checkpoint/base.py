@@ -21,6 +21,7 @@ from recap_ds.errors import RunFailed
 from recap_ds.files.atomic import sync_folder
 from recap_ds.files.records import FileRecord, record_files, write_text
 from recap_ds.files.tensors import TensorFileWriter
+from recap_ds.models.backbones import names_in_files
 from recap_ds.models.export_format import (
     VLM_CONFIG_NAME,
     VLM_WEIGHTS_NAME,
@@ -73,23 +74,25 @@ def _check(run: Path, config: PiStarRECAPConfig, source: Path | None) -> None:
     if record.weights == "run":
         record.check(run / layout.BASE_NAME)
     elif record.weights == "files":
-        record.check(source or locate_vlm(config.model))
+        record.check(source or locate_vlm(config.vlm_source))
 
 
 def _start(unfinished: Path, policy: PiStarRECAPPolicy, config: PiStarRECAPConfig, source: Path | None) -> None:
     if unfinished.exists():
         shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
-    vlm_config = vlm_config_json(policy.vlm.paligemma.config)
+    vlm_config = vlm_config_json(policy.vlm.network.config)
     write_text(unfinished / VLM_CONFIG_NAME, json.dumps(vlm_config, indent=2, sort_keys=True) + "\n")
-    source = source or locate_vlm(config.model)
+    source = source or locate_vlm(config.vlm_source)
     for path in tokenizer_files(source) if source else ():
         shutil.copyfile(path, unfinished / path.name)
 
 
 def _write_weights(path: Path, policy: PiStarRECAPPolicy, runtime: Runtime) -> FileRecord | None:
     """Gather parameter by parameter; rank 0 writes and returns the file's record. Collective: every rank must call."""
-    params = {base_name(name): param for name, param in policy.vlm.paligemma.named_parameters() if not is_adapter(name)}
+    every = policy.vlm.network.named_parameters()
+    params = {base_name(name): param for name, param in every if not is_adapter(name)}
+    params = names_in_files(policy.config, params)
     specs = {
         stored_name(name): (tuple(param.ds_shape if param_is_sharded(param) else param.shape), param.dtype)
         for name, param in params.items()
@@ -130,7 +133,7 @@ def _finish(
     if files:
         record = BaseRecord(weights="run", files=files)
     elif config.model.freeze_vlm:
-        source = source or locate_vlm(config.model)
+        source = source or locate_vlm(config.vlm_source)
         paths = weight_files(source)
         names = [path.name for path in paths]
         records = dict(zip(names, record_files(paths), strict=True))

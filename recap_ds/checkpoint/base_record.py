@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recap_ds.checkpoint import layout
-from recap_ds.config import ModelConfig
+from recap_ds.config import VlmSource
 from recap_ds.errors import UsageError
 from recap_ds.files.records import FileRecord, file_problems, read_checked_json, write_checked_json
 from recap_ds.models.export_format import VLM_CONFIG_NAME
@@ -43,7 +43,7 @@ class BaseRecord(BaseModel):
             raise UsageError(f"{folder}: {problems[0]}; the run was started from other weights, put those back")
 
 
-def frozen_weights(run: Path, model: ModelConfig) -> Path | None:
+def frozen_weights(run: Path, source: VlmSource) -> Path | None:
     """Folder with the checked weights of the run's frozen VLM; None where the VLM is in the checkpoints."""
     record = BaseRecord.load(run)
     if record.weights == "trained":
@@ -52,7 +52,7 @@ def frozen_weights(run: Path, model: ModelConfig) -> Path | None:
     if record.weights == "files":
         folder = Path(record.folder)
         if not folder.is_dir():  # moved, or the run was copied to another machine
-            folder = locate_vlm(model)
+            folder = locate_vlm(source)
     record.check(folder)
     return folder
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from recap_ds.checkpoint import layout
 from recap_ds.checkpoint.base_record import read_vlm_config
-from recap_ds.checkpoint.sources import VLM_PREFIX, locate_checkpoint, open_checkpoint
+from recap_ds.checkpoint.sources import locate_checkpoint, open_checkpoint
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
+from recap_ds.models.backbones import names_in_files, vlm_prefix
 from recap_ds.models.export_format import (
     CRITICS,
     DEFAULT_MAX_SHARD_BYTES,
@@ -50,8 +51,8 @@ def consolidate(
     located = locate_checkpoint(Path(checkpoint))
     run, config = located.run, load_config(located.run / layout.CONFIG_NAME)
     _check_adapter_options(config, merge_adapters, adapter_only)
-    opened = open_checkpoint(located, config.model, weights, with_frozen=not adapter_only)
-    vlm, adapter = split_adapter(_below(opened.tensors, VLM_PREFIX))
+    opened = open_checkpoint(located, config, weights, with_frozen=not adapter_only)
+    vlm, adapter = split_adapter(_below(opened.tensors, vlm_prefix(config)))
     if merge_adapters:
         vlm, adapter = merged(vlm, adapter, config.lora), {}
         config = config.model_copy(update={"lora": config.lora.model_copy(update={"enabled": False})})
@@ -63,7 +64,7 @@ def consolidate(
         contract=RobotContract.load(run),
         provenance=Provenance(run=config.name, step=opened.step, weights=opened.weights),
         dtype=dtype,
-        vlm={} if adapter_only else vlm,
+        vlm={} if adapter_only else names_in_files(config, vlm),
         vlm_config=read_vlm_config(run),
         adapter=adapter,
         heads={} if adapter_only else {head: _below(opened.tensors, f"{head}.") for head in heads},

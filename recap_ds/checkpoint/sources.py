@@ -12,15 +12,15 @@ from recap_ds.checkpoint import layout
 from recap_ds.checkpoint.base_record import frozen_weights
 from recap_ds.checkpoint.record import CheckpointRecord, open_tiles, verify_checkpoint
 from recap_ds.checkpoint.tile_file import EMA, MASTER, TARGET
-from recap_ds.config import ModelConfig
+from recap_ds.config import PiStarRECAPConfig
 from recap_ds.distributed.native import is_native, open_native
 from recap_ds.errors import UsageError
 from recap_ds.files.tensors import TensorSource
+from recap_ds.models.backbones import name_reader, vlm_prefix
 from recap_ds.models.export_format import WeightsName
 from recap_ds.models.export_weights import folder_sources
 from recap_ds.models.lora import base_name
 
-VLM_PREFIX = "vlm.paligemma."
 Q_PREFIX, TARGET_PREFIX = "critic.q.", "target_critic."
 
 
@@ -49,7 +49,7 @@ def locate_checkpoint(checkpoint: Path) -> LocatedCheckpoint:
 
 
 def open_checkpoint(
-    located: LocatedCheckpoint, model: ModelConfig, weights: WeightsName | None, with_frozen: bool
+    located: LocatedCheckpoint, config: PiStarRECAPConfig, weights: WeightsName | None, with_frozen: bool
 ) -> OpenCheckpoint:
     """``with_frozen`` False leaves out a frozen VLM and does not look for it. Reads every byte once, to verify it."""
     folder = located.folder
@@ -62,8 +62,9 @@ def open_checkpoint(
     if weights == "ema" and EMA not in record.shadows:
         raise UsageError(f"--weights ema: {folder} holds no average (training.ema_decay was null); use raw")
     tensors = _tile_sources(folder, record, EMA if weights == "ema" else MASTER)
-    if with_frozen and (frozen := frozen_weights(located.run, model)):
-        tensors |= {VLM_PREFIX + name: source for name, source in folder_sources(frozen).items()}
+    if with_frozen and (frozen := frozen_weights(located.run, config.vlm_source)):
+        stored = folder_sources(frozen, name_reader(config, frozen))
+        tensors |= {vlm_prefix(config) + name: source for name, source in stored.items()}
     return OpenCheckpoint(record.step, weights, tensors)
 
 

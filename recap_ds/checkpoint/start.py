@@ -63,7 +63,7 @@ def fill_heads(start: StartPoint, policy: PiStarRECAPPolicy, builder: Builder, r
 
 def _fill(start: StartPoint, policy: PiStarRECAPPolicy, builder: Builder) -> None:
     if start.record.adapter == "separate":
-        fill_adapter(policy.vlm.paligemma, start.export, builder)
+        fill_adapter(policy.vlm.network, start.export, builder)
     # Not the target critic: it begins as a copy of the critic, whatever that begins with (``Shadow``).
     for head in ("action_expert", "critic"):
         if head in start.record.heads and head in policy.config.heads:

@@ -14,13 +14,14 @@ from recap_ds.algo.iql import advantage as iql_advantage
 from recap_ds.algo.value_distribution import cross_entropy, expected_value, hl_gauss, two_hot
 from recap_ds.batch import TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
+from recap_ds.models.backbones import Vlm
 from recap_ds.models.critics import Critic, QNetworks
 from recap_ds.models.iql_losses import critic_losses
 from recap_ds.models.losses import EvaluationOutput, LossNormalizers, TrainOutput
 from recap_ds.models.pixels import to_pixels, training_pixels
 from recap_ds.models.prefixes import encode_both, encode_shuffled
 from recap_ds.models.value_head import DistributionalCritic
-from recap_ds.models.vlm import PrefixFeatures, VisionLanguageModel
+from recap_ds.models.vlm import PrefixFeatures
 
 TARGETS = {"two_hot": two_hot, "hl_gauss": hl_gauss}
 
@@ -28,7 +29,7 @@ TARGETS = {"two_hot": two_hot, "hl_gauss": hl_gauss}
 class CriticParts(NamedTuple):
     """What the stage trains and reads; modules of one container."""
 
-    vlm: VisionLanguageModel
+    vlm: Vlm
     critic: Critic | DistributionalCritic
     target_critic: QNetworks | None  # None of a distributional critic
 

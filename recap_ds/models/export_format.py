@@ -55,6 +55,8 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
 )
@@ -114,9 +116,9 @@ class ExportContents:
     contract: RobotContract | None
     provenance: Provenance
     dtype: DtypeName
-    vlm: Sources  # names inside PaliGemmaModel, without adapters; empty in an adapter-only export
+    vlm: Sources  # ``names_in_files`` of the network's, without adapters; empty in an adapter-only export
     vlm_config: dict[str, Any]  # of vlm/config.json
-    adapter: Sources  # names inside PaliGemmaModel
+    adapter: Sources  # names inside the network
     heads: Mapping[str, Sources]  # module -> names inside it
     adapter_is_merged: bool = False
     tokenizer_files: Sequence[Path] = field(default_factory=tuple)
@@ -128,9 +130,11 @@ def stored_name(name: str) -> str:
     return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
 
 
-def vlm_config_json(paligemma_config: Any) -> dict[str, Any]:
-    """``config.json`` of a PaliGemmaConfig, as PaliGemmaForConditionalGeneration.save_pretrained writes it."""
-    return {**paligemma_config.to_diff_dict(), "architectures": ["PaliGemmaForConditionalGeneration"]}
+def vlm_config_json(vlm_config: Any) -> dict[str, Any]:
+    """``config.json`` of a VLM's configuration, as its ...ForConditionalGeneration.save_pretrained writes it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+
+    return {**vlm_config.to_diff_dict(), "architectures": [CLASSES[vlm_config.model_type]]}
 
 
 def merged(base: Sources, adapter: Sources, lora: LoraConfig) -> dict[str, TensorSource]:

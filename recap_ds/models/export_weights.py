@@ -19,6 +19,7 @@ from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.files.records import file_problems
 from recap_ds.files.tensors import TensorSource, write_tensor_file
+from recap_ds.models.backbones import names_in_files
 from recap_ds.models.building import Builder, fill
 from recap_ds.models.export_format import (
     ADAPTER_NAME,
@@ -38,7 +39,7 @@ from recap_ds.models.export_format import (
     write_export,
 )
 from recap_ds.models.lora import is_adapter, peft_name
-from recap_ds.models.vlm_weights import locate_vlm, model_name, weight_files
+from recap_ds.models.vlm_weights import locate_vlm, weight_files
 from recap_ds.processing.contract import CONTRACT_NAME, RobotContract
 from recap_ds.recipe import dump_config, load_config
 
@@ -52,15 +53,15 @@ Policy = TypeVar("Policy", bound=nn.Module)
 
 def save_export(policy: nn.Module, folder: str | Path, *, overwrite: bool = False) -> ExportRecord:
     """Write a policy in memory as an export, in float32."""
-    vlm, adapter = split_adapter(_sources(policy.vlm.paligemma))
-    source = policy.tokenizer_folder or locate_vlm(policy.config.model)
+    vlm, adapter = split_adapter(_sources(policy.vlm.network))
+    source = policy.tokenizer_folder or locate_vlm(policy.config.vlm_source)
     contents = ExportContents(
         config=policy.config,
         contract=policy.contract,
         provenance=Provenance(),
         dtype="float32",
-        vlm=vlm,
-        vlm_config=vlm_config_json(policy.vlm.paligemma.config),
+        vlm=names_in_files(policy.config, vlm),
+        vlm_config=vlm_config_json(policy.vlm.network.config),
         adapter=adapter,
         heads={head: _sources(module) for head, module in policy.named_children() if head in HEADS},
         tokenizer_files=tokenizer_files(source) if source else (),
@@ -97,7 +98,7 @@ def load_export(policy_class: Callable[..., Policy], export: str | Path, overrid
         else:
             raise UsageError(f"{folder}: holds no {head}, which stage {config.training.stage} of its {CONFIG_NAME} has")
     if record.adapter == "separate":
-        fill_adapter(policy.vlm.paligemma, folder, Builder())
+        fill_adapter(policy.vlm.network, folder, Builder())
     return policy.eval()
 
 
@@ -149,8 +150,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         raise UsageError(f"{file}: cannot be read ({error})") from None
 
 
-def folder_sources(folder: Path) -> dict[str, TensorSource]:
-    """Tensors of a transformers PaliGemma folder by their names inside PaliGemmaModel, none of them read yet."""
+def folder_sources(folder: Path, read_name: Callable[[str], str | None]) -> dict[str, TensorSource]:
+    """Tensors of a transformers folder by their names inside the network, none of them read yet."""
     sources = {}
     for file in weight_files(folder):
         try:
@@ -158,7 +159,7 @@ def folder_sources(folder: Path) -> dict[str, TensorSource]:
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{file}: cannot be read ({error})") from None
         for stored in reader.keys():  # noqa: SIM118
-            if (name := model_name(stored)) is not None:
+            if (name := read_name(stored)) is not None:
                 part = reader.get_slice(stored)
                 shape = tuple(part.get_shape())
                 sources[name] = TensorSource(shape, torch.float32, _reading(reader, stored))

@@ -20,6 +20,7 @@ from recap_ds.algo.advantage import AdvantageScale
 from recap_ds.batch import Observation, TransitionBatch
 from recap_ds.config import ModelConfig, PiStarRECAPConfig
 from recap_ds.errors import UsageError
+from recap_ds.models.backbones import build_vlm
 from recap_ds.models.building import Builder
 from recap_ds.models.critic_stage import CriticParts, critic_evaluation, critic_step
 from recap_ds.models.critics import Critic, QNetworks
@@ -40,7 +41,6 @@ from recap_ds.models.pixels import to_pixels
 from recap_ds.models.policy_stage import PolicyParts, policy_evaluation, policy_step
 from recap_ds.models.sampling import AdvantageName, sample_actions
 from recap_ds.models.value_head import DistributionalCritic
-from recap_ds.models.vlm import VisionLanguageModel
 from recap_ds.processing.contract import RobotContract
 
 
@@ -54,7 +54,7 @@ class PiStarRECAPPolicy(nn.Module):
         self.config = config
         # Fixed seed, whatever ran before: a restart, another world size and plain PyTorch begin from the same weights.
         with torch.random.fork_rng(devices=[]):
-            self.vlm = VisionLanguageModel(model, config.lora, builder, config.training.seed, vlm_folder)
+            self.vlm = build_vlm(config, builder, vlm_folder)
             # Again: how many numbers the VLM's construction drew differs between plain and sharded.
             torch.manual_seed(config.training.seed)
             with builder.context():

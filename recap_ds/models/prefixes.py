@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from recap_ds.batch import Observation, TransitionBatch
-from recap_ds.models.vlm import PrefixFeatures, VisionLanguageModel
+from recap_ds.models.backbones import Vlm
+from recap_ds.models.vlm import PrefixFeatures
 
 
 def encode_both(
-    vlm: VisionLanguageModel, batch: TransitionBatch, pixels: Tensor, next_pixels: Tensor
+    vlm: Vlm, batch: TransitionBatch, pixels: Tensor, next_pixels: Tensor
 ) -> tuple[PrefixFeatures, PrefixFeatures]:
     """Prefix of o_t (with gradient where the VLM trains) and of o_{t+k} (never)."""
     now, later = batch.observation, batch.next_observation
@@ -22,7 +23,7 @@ def encode_both(
     return PrefixFeatures(*first), PrefixFeatures(*second)
 
 
-def encode_shuffled(vlm: VisionLanguageModel, batch: TransitionBatch, pixels: Tensor) -> PrefixFeatures:
+def encode_shuffled(vlm: Vlm, batch: TransitionBatch, pixels: Tensor) -> PrefixFeatures:
     """Prefix of o_t with the images of the next row, everything else being its own."""
     camera_mask = batch.observation.camera_mask.roll(1, dims=0)
     return vlm(batch.observation._replace(camera_mask=camera_mask), pixels.roll(1, dims=0))

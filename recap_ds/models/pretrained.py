@@ -32,8 +32,9 @@ def load_tokenizer(folder: Path, config: PiStarRECAPConfig) -> Tokenizer:
     """The export's own tokenizer; bytes for the tiny VLM."""
     own = folder / TOKENIZER_NAME
     if own.is_dir():
-        return build_tokenizer(str(own))
-    return build_tokenizer(config.model.vlm_model_name, config.model.vlm_revision)
+        return build_tokenizer(str(own), own_backbone=config.has_own_backbone)
+    source = config.vlm_source
+    return build_tokenizer(source.name, source.revision, config.has_own_backbone)
 
 
 def save_pretrained(

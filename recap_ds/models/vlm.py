@@ -88,7 +88,7 @@ class VisionLanguageModel(nn.Module):
         from transformers.initialization import no_init_weights
 
         super().__init__()
-        source = Path(folder) if folder else locate_vlm(config)
+        source = Path(folder) if folder else locate_vlm(config.vlm_source)
         vlm_config = tiny_config(config.image_size) if source is None else load_vlm_config(source, config.image_size)
         self.trainable = lora.enabled or not config.freeze_vlm
         # A named folder (an export) always brings weights.
@@ -109,6 +109,11 @@ class VisionLanguageModel(nn.Module):
         if lora.enabled:
             torch.manual_seed(seed)
             add_adapters(self.paligemma, lora)
+
+    @property
+    def network(self) -> nn.Module:
+        """All of its parameters, whatever the architecture is."""
+        return self.paligemma
 
     def enable_activation_checkpointing(self) -> None:
         for tower in (self.paligemma.vision_tower, self.paligemma.language_model):

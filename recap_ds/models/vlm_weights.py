@@ -8,13 +8,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from recap_ds.config import ModelConfig
+from recap_ds.config import VlmSource
 from recap_ds.errors import UsageError
 from recap_ds.models.building import Builder
 
@@ -28,24 +28,24 @@ _RENAMES = (
 _IGNORED = re.compile(r"(^|\.)lm_head\.|^vision_tower\.head\.|\.position_ids$|\.inv_freq$")
 
 
-def locate_vlm(config: ModelConfig) -> Path | None:
+def locate_vlm(source: VlmSource) -> Path | None:
     """Folder with config.json and safetensors; None for the tiny preset. Downloads a hub id once, into its cache."""
-    if config.vlm_model_name == "tiny":
+    if source.name == "tiny":
         return None
-    folder = Path(config.vlm_model_name).expanduser()
+    folder = Path(source.name).expanduser()
     if folder.is_dir():
         return folder
-    if config.vlm_model_name.startswith((".", "/", "~")):
-        raise UsageError(f"model.vlm_model_name: there is no folder {config.vlm_model_name}")
+    if source.name.startswith((".", "/", "~")):
+        raise UsageError(f"{source.key}: there is no folder {source.name}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.model"] + ([] if config.vlm_random_init else ["*.safetensors"])
+    patterns = ["*.json", "*.model", "*.txt"] + ([] if source.random_init else ["*.safetensors"])
     try:
-        return Path(snapshot_download(config.vlm_model_name, revision=config.vlm_revision, allow_patterns=patterns))
+        return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds; each becomes the same advice
         reason = str(error).split("\n")[0][:160]
         raise UsageError(
-            f"model.vlm_model_name: '{config.vlm_model_name}' is no folder and not to be had from the hub ({reason}); "
+            f"{source.key}: '{source.name}' is no folder and not to be had from the hub ({reason}); "
             "accept the model's licence and log in (hf auth login), or name a local folder"
         ) from None
 
@@ -74,8 +74,13 @@ def load_vlm_config(folder: Path, image_size: int):
     return config
 
 
-def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every model tensor of a folder's safetensors files, mapped lazily from disk."""
+def checkpoint_tensors(
+    folder: Path, read_name: Callable[[str], str | None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every model tensor of a folder's safetensors files, mapped lazily from disk.
+
+    ``read_name`` is ``model_name``, PaliGemma's, unless another architecture brings its own.
+    """
     from safetensors import SafetensorError, safe_open
 
     for file in weight_files(folder):
@@ -85,7 +90,7 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise UsageError(f"model.vlm_model_name: {file} is damaged ({error}); copy it again") from None
         with reader:
             for stored in reader.keys():  # noqa: SIM118 - safe_open is no mapping
-                name = model_name(stored)
+                name = (read_name or model_name)(stored)
                 if name is not None:
                     yield name, reader.get_tensor(stored)
 

@@ -1,6 +1,7 @@
 """Prompts to token ids, as PaliGemma reads them: <bos> text <newline>, padded on the right to a fixed length.
 
-Two tokenizers behind one protocol: bytes for the tiny preset (no download), and Hugging Face's for everything else.
+Tokenizers behind one protocol: bytes for the tiny preset (no download), Hugging Face's for everything else; a critic's
+own backbone takes its tokenizer as it comes.
 A prompt is never cut: one that does not fit is an error, at start, because a policy trained on half of its prompt looks
 like any other. Depends on nothing but errors, so that models and servers can use it as well as the loader.
 
@@ -39,8 +40,13 @@ class ByteTokenizer:
         return [BOS_ID, *(byte + self.first_byte_id for byte in text.encode())]
 
 
-class HuggingFaceTokenizer:
-    """A tokenizer from a folder or a hub id, through transformers."""
+class OwnTokenizer:
+    """A tokenizer from a folder or a hub id, through transformers, with whatever it puts around a text by itself.
+
+    For a critic's own backbone (``value.backbone``), which was trained on no form of prompt that is known here.
+    """
+
+    key = "value.vlm_model_name"
 
     def __init__(self, name: str, revision: str | None = None):
         from transformers import AutoTokenizer
@@ -50,17 +56,27 @@ class HuggingFaceTokenizer:
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise UsageError(
-                f"model.vlm_model_name: no tokenizer can be loaded from '{name}' ({reason}); give a local folder "
+                f"{self.key}: no tokenizer can be loaded from '{name}' ({reason}); give a local folder "
                 f"with one, or log in with 'hf auth login' where the model is gated"
             ) from None
-        if self._tokenizer.bos_token_id is None:
-            raise UsageError(
-                f"model.vlm_model_name: the tokenizer of '{name}' has no <bos> token; it is not PaliGemma's"
-            )
         self.vocab_size = len(self._tokenizer)
         given = self._tokenizer.pad_token_id
         # Padding is masked out wherever it stands; any id of the table will do.
         self.pad_id = PAD_ID if given is None else given
+
+    def encode(self, prompt: str) -> list[int]:
+        return self._tokenizer.encode(clean_prompt(prompt))
+
+
+class HuggingFaceTokenizer(OwnTokenizer):
+    """PaliGemma's, and any other with a <bos> token, made to write prompts as PaliGemma reads them."""
+
+    key = "model.vlm_model_name"
+
+    def __init__(self, name: str, revision: str | None = None):
+        super().__init__(name, revision)
+        if self._tokenizer.bos_token_id is None:
+            raise UsageError(f"{self.key}: the tokenizer of '{name}' has no <bos> token; it is not PaliGemma's")
 
     def encode(self, prompt: str) -> list[int]:
         # The newline apart from the text: SentencePiece could otherwise merge it into the last piece.
@@ -68,7 +84,9 @@ class HuggingFaceTokenizer:
         return [self._tokenizer.bos_token_id, *pieces[0], *pieces[1]]
 
 
-def build_tokenizer(vlm_model_name: str, revision: str | None = None) -> Tokenizer:
+def build_tokenizer(vlm_model_name: str, revision: str | None = None, own_backbone: bool = False) -> Tokenizer:
+    if own_backbone:
+        return OwnTokenizer(vlm_model_name, revision)
     return ByteTokenizer() if vlm_model_name == "tiny" else HuggingFaceTokenizer(vlm_model_name, revision)
 
 

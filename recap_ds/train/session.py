@@ -29,8 +29,8 @@ from recap_ds.distributed.runtime import RankInfo, Runtime, accelerator_is_cpu, 
 from recap_ds.distributed.shadows import Shadow
 from recap_ds.distributed.sharded_builder import ShardedBuilder
 from recap_ds.errors import UsageError
+from recap_ds.models.backbones import check_start_vlm, check_vlm
 from recap_ds.models.policy import PiStarRECAPPolicy
-from recap_ds.models.vlm_weights import load_vlm_config, locate_vlm
 from recap_ds.processing.contract import RobotContract, TaskContract
 from recap_ds.processing.normalize import Normalizer
 from recap_ds.processing.tokens import build_tokenizer
@@ -83,18 +83,18 @@ def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo)
     check_data_matches(config, manifest)
     tasks = list(manifest.tasks)
     scale = value_scale(config.value, {name: task.longest for name, task in manifest.tasks.items()}, tasks)
-    folder = locate_vlm(config.model)
-    if folder is not None:
-        load_vlm_config(folder, config.model.image_size)
+    check_vlm(config)
     run = RunFolder(config)
     labels = open_labels(config, shard_set)
     run.check_continues(config, sizes.total, manifest.content_hash(), hash_of(labels))
     normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
-    tokenizer = build_tokenizer(config.model.vlm_model_name, config.model.vlm_revision)
+    tokenizer = build_tokenizer(config.vlm_source.name, config.vlm_source.revision, config.has_own_backbone)
     assembler = Assembler(shard_set, config, tokenizer, normalizer, scale, labels)
     dataset = TransitionDataset(assembler, config, damage_log=run.damaged)
     contract = _contract(config, shard_set, normalizer, scale)
     start = find_start(config, info)
+    if start is not None:
+        check_start_vlm(config, start.vlm)
     return Plan(config, info, sizes, ds_config, precision, run, dataset, normalizer, contract, tasks, start)
 
 

@@ -35,7 +35,7 @@ def test_a_random_vlm_is_written_and_read_back(runtime, tmp_path):
     first = PiStarRECAPPolicy(config)
     ensure_base(run, first, config, runtime)
     assert sorted(path.name for path in (run / "base").iterdir()) == ["config.json", "model.safetensors"]
-    assert base_folder(run) == str(run / "base") == str(frozen_weights(run, config.model))
+    assert base_folder(run) == str(run / "base") == str(frozen_weights(run, config.vlm_source))
     again = PiStarRECAPPolicy(config, vlm_folder=base_folder(run))
     pairs = zip(first.parameters(), again.parameters(), strict=True)
     assert all(bool((one == other).all()) for one, other in pairs)
@@ -50,13 +50,13 @@ def test_a_vlm_from_files_is_remembered_and_may_move(runtime, tmp_path, source):
     policy = PiStarRECAPPolicy(config)
     ensure_base(run, policy, config, runtime)
     assert sorted(path.name for path in (run / "base").iterdir()) == ["config.json", "tokenizer.json"]
-    assert base_folder(run) is None and frozen_weights(run, config.model) == source
+    assert base_folder(run) is None and frozen_weights(run, config.vlm_source) == source
     assert BaseRecord.load(run).files.keys() == {"model.safetensors"}
 
     moved = source.rename(tmp_path / "moved")
     elsewhere = tiny_config(model={"vlm_model_name": str(moved)})
     ensure_base(run, policy, elsewhere, runtime)
-    assert frozen_weights(run, elsewhere.model) == moved
+    assert frozen_weights(run, elsewhere.vlm_source) == moved
     change(moved / "model.safetensors")
     with pytest.raises(UsageError, match="was started from other weights"):
         ensure_base(run, policy, elsewhere, runtime)
@@ -67,7 +67,7 @@ def test_a_vlm_from_another_source_than_the_settings_is_the_base(runtime, tmp_pa
     run = tmp_path / "run"
     policy = PiStarRECAPPolicy(config, vlm_folder=str(source))
     ensure_base(run, policy, config, runtime, source)
-    assert base_folder(run) is None and frozen_weights(run, config.model) == source
+    assert base_folder(run) is None and frozen_weights(run, config.vlm_source) == source
     ensure_base(run, policy, config, runtime, source)
     change(source / "model.safetensors")
     with pytest.raises(UsageError, match="was started from other weights"):
@@ -78,7 +78,7 @@ def test_a_trained_vlm_has_no_base_but_an_architecture(runtime, tmp_path):
     config = make_config("full")
     ensure_base(tmp_path, PiStarRECAPPolicy(config), config, runtime)
     assert [path.name for path in (tmp_path / "base").iterdir()] == ["config.json"]
-    assert base_folder(tmp_path) is None and frozen_weights(tmp_path, config.model) is None
+    assert base_folder(tmp_path) is None and frozen_weights(tmp_path, config.vlm_source) is None
 
 
 def test_a_start_that_was_cut_off_leaves_nothing_to_trust(runtime, tmp_path):
@@ -90,7 +90,7 @@ def test_a_start_that_was_cut_off_leaves_nothing_to_trust(runtime, tmp_path):
     shutil.copytree(tmp_path / "base", tmp_path / ".base.unfinished")
     assert base_folder(tmp_path) is None
     ensure_base(tmp_path, policy, config, runtime)
-    assert frozen_weights(tmp_path, config.model) == tmp_path / "base"
+    assert frozen_weights(tmp_path, config.vlm_source) == tmp_path / "base"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "base.json"]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from recap_ds.envs.scripted import write_reach_shards
 from tests.distributed.harness import run_ranks
+from tests.models.tiny_architectures import build, save
 
 WORKER = "train.train_worker"
 KINDS = ("full", "lora", "frozen")
@@ -16,6 +17,7 @@ KINDS = ("full", "lora", "frozen")
 def folder(tmp_path_factory) -> str:
     root = tmp_path_factory.mktemp("training")
     write_reach_shards(root / "shards", num_demo=6, num_auto=6, num_intervention=4, size=32)
+    save(build("llava"), root / "llava")
     return str(root)
 
 
@@ -155,3 +157,47 @@ def test_a_policy_learns_from_the_labels_that_the_critic_wrote(two_ranks):
     assert exported["value"] is None and exported["actions"]
     # Weighted by exp(A / (temperature * sigma)): the loss is no longer the mean error.
     assert any(step[0] != pytest.approx(step[1], rel=0.05) for step in result["losses"])
+
+
+# -- critics alone ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["iql", "own"])
+def test_a_critic_alone_trains_the_same_on_one_and_two_ranks(two_ranks, one_rank, which):
+    first, second = (rank["critics"][which] for rank in two_ranks)
+    assert first["weights"] == second["weights"] and first["summary"]["skipped_steps"] == 0
+    check_close(first, one_rank[which], 2e-5)
+    heads = {"iql": {"critic", "target_critic"}, "own": {"critic"}}[which]
+    assert {name.split(".")[0] for name in first["weights"]} == {"vlm", *heads}
+
+
+def test_a_bf16_critic_trains_as_the_float32_one(two_ranks):
+    rounded, exact = two_ranks[0]["bf16_critic"], two_ranks[0]["critic"]
+    assert rounded["summary"]["skipped_steps"] == 0 and rounded["weights"] == two_ranks[1]["bf16_critic"]["weights"]
+    for mine, other in zip(rounded["losses"], exact["losses"], strict=True):
+        assert mine[:2] == pytest.approx(other[:2], rel=0.05)
+
+
+@pytest.mark.parametrize("which", ["own", "own_lora"])
+def test_a_vlm_of_another_architecture_begins_sharded_as_in_plain_pytorch_and_is_exported(two_ranks, which):
+    critics = two_ranks[0]["critics"]
+    assert critics[f"initial_{which}"] == []
+    evaluation = critics[which]["summary"]["evaluation"]
+    exported = critics[f"evaluation_{which}"]["value"]["all"]
+    assert exported["mae"] == pytest.approx(evaluation["eval/value_mae"], rel=1e-4)
+    assert exported["nll"] == pytest.approx(evaluation["eval/value_nll"], rel=1e-4)
+
+
+def test_what_a_critics_own_vlm_learns_and_what_it_leaves(two_ranks):
+    own, adapted = (two_ranks[0]["critics"][which]["weights"] for which in ("own", "own_lora"))
+    bases = {name.replace(".base_layer", ""): moments for name, moments in adapted.items() if "lora_" not in name}
+    matrices = [name for name in own if name.startswith("vlm.") and "bias" not in name and "k_proj" not in name]
+    left = ("vision_tower.post_layernorm.", "vision_tower.encoder.layers.1.")
+    for name in matrices:
+        assert (own[name] == bases[name]) == any(part in name for part in left), name
+
+
+def test_an_interrupted_critic_with_its_own_vlm_ends_with_the_same_bytes(two_ranks):
+    resumed = two_ranks[0]["critics"]["resumed_own"]
+    assert len(resumed["before"]) >= 2 and resumed["after"] == resumed["before"]
+    assert resumed["losses_after"] == resumed["losses_before"]

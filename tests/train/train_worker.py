@@ -162,6 +162,31 @@ def critic_to_policy(runtime: Runtime, root: Path) -> dict[str, Any]:
     return results
 
 
+def critic_config(root: Path, which: str, **training: Any) -> PiStarRECAPConfig:
+    """Critics alone: by TD, and with a VLM of another architecture (saved by the test), trained and adapted."""
+    own = {"critic": "distributional", "backbone": "own", "vlm_model_name": str(root / "llava")}
+    # The images and prompts of the shards; an architecture of its own has no stem of ours.
+    plain = {"conv_stem": False}
+    parts = {
+        "iql": {"value": {"critic": "iql"}},
+        "own": {"value": own, "model": {"freeze_vlm": False, **plain}},
+        "own_lora": {"value": own, "model": {"freeze_vlm": True, **plain}, "lora": {"enabled": True, "rank": 4}},
+    }[which]
+    training = {"stage": "critic", "activation_checkpointing": which == "own", **training}
+    return run_config(root, f"critic_{which}_{training.get('batch_size', 2)}", training=training, **parts)
+
+
+def critics(runtime: Runtime, root: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {"iql": run_whole(runtime, critic_config(root, "iql"))}
+    for which in ("own", "own_lora"):
+        config = critic_config(root, which)
+        results[f"initial_{which}"] = initial_differences(runtime, config)
+        results[which] = run_whole(runtime, config)
+        results[f"evaluation_{which}"] = evaluate_run(runtime, root / "runs" / config.name, root / "shards")
+    results["resumed_own"] = resumed_hashes(runtime, critic_config(root, "own"))
+    return results
+
+
 def scenarios(runtime: Runtime, folder: str, which: str) -> dict[str, Any]:
     root = Path(folder)
     world = runtime.info.world
@@ -170,6 +195,8 @@ def scenarios(runtime: Runtime, folder: str, which: str) -> dict[str, Any]:
         return {
             "full": run_whole(runtime, run_config(root, f"layout_{world}", **accumulate)),
             "evaluation": evaluate_run(runtime, root / "runs" / "full_2", root / "shards"),
+            "iql": run_whole(runtime, critic_config(root, "iql", batch_size=8)),
+            "own": run_whole(runtime, critic_config(root, "own", batch_size=8)),
         }
     results: dict[str, Any] = {}
     for kind in VLM:
@@ -190,7 +217,10 @@ def scenarios(runtime: Runtime, folder: str, which: str) -> dict[str, Any]:
     runtime.barrier()
     bf16 = run_config(root, "bf16", training={"use_amp": True, "activation_checkpointing": True})
     results["bf16"] = run_whole(runtime, bf16, str(ds_bf16))
-    return results | critic_to_policy(runtime, root)
+    stages = critic_to_policy(runtime, root)
+    rounded = {"value": {"critic": "distributional"}, "training": {"stage": "critic", "use_amp": True}}
+    results["bf16_critic"] = run_whole(runtime, run_config(root, "bf16_critic", **rounded), str(ds_bf16))
+    return results | stages | {"critics": critics(runtime, root)}
 
 
 if __name__ == "__main__":
