@@ -267,7 +267,7 @@ def split_shards(sources: Sources, max_shard_bytes: int) -> list[list[str]]:
 
 def _write_adapter(folder: Path, contents: ExportContents) -> Iterator[tuple[str, FileRecord]]:
     config = peft_config(contents.config.lora)
-    config.base_model_name_or_path = contents.config.model.vlm_model_name
+    config.base_model_name_or_path = contents.config.vlm_source.name
     config.inference_mode = True
     config.save_pretrained(folder)
     yield "adapter_config.json", record_file(folder / "adapter_config.json")

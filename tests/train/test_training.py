@@ -166,7 +166,8 @@ def test_a_policy_learns_from_the_labels_that_the_critic_wrote(two_ranks):
 def test_a_critic_alone_trains_the_same_on_one_and_two_ranks(two_ranks, one_rank, which):
     first, second = (rank["critics"][which] for rank in two_ranks)
     assert first["weights"] == second["weights"] and first["summary"]["skipped_steps"] == 0
-    check_close(first, one_rank[which], 2e-5)
+    # The pool's key bias has no gradient but rounding, which Adam makes steps of: more of it through a deeper VLM.
+    check_close(first, one_rank[which], {"iql": 2e-5, "own": 1e-4}[which])
     heads = {"iql": {"critic", "target_critic"}, "own": {"critic"}}[which]
     assert {name.split(".")[0] for name in first["weights"]} == {"vlm", *heads}
 
