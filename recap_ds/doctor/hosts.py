@@ -56,7 +56,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
 class Answer(NamedTuple):
     host: Host
     facts: NodeFacts | None
-    clock_seconds: float  # how far ahead of ours
+    clock_seconds: float  # how far ahead of ours at least: it was read between question and answer
     problem: Finding | None
 
 
@@ -70,6 +70,7 @@ def _ask(host: Host, paths: Sequence[Path]) -> Answer:
     # The same Python and folder as here: what DeepSpeed's launcher counts on, too.
     words = [sys.executable, "-m", "recap_ds.doctor.node", *(str(path.resolve()) for path in paths)]
     command = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"
+    asked = time.time()
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
     try:
         done = subprocess.run(
@@ -80,7 +81,7 @@ def _ask(host: Host, paths: Sequence[Path]) -> Answer:
         return _no_answer(host, f"no answer within {PROBE_SECONDS} s", mend)
     except FileNotFoundError:
         return _no_answer(host, "there is no 'ssh' on the PATH", "apt-get install openssh-client")
-    now = time.time()
+    answered = time.time()
     said = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
     if done.returncode == 255:
         return _no_answer(host, f"ssh failed: {said}", f"must work without a password: ssh {host.name} true")
@@ -91,7 +92,7 @@ def _ask(host: Host, paths: Sequence[Path]) -> Answer:
         facts = NodeFacts.from_output(done.stdout)
     except ValueError as error:
         return _no_answer(host, f"gave no answer that is understood here; {error}", "git pull there, and see its shell")
-    return Answer(host, facts, facts.time - now, None)
+    return Answer(host, facts, facts.time - min(max(facts.time, asked), answered), None)
 
 
 def _no_answer(host: Host, what: str, mend: str) -> Answer:
@@ -99,7 +100,7 @@ def _no_answer(host: Host, what: str, mend: str) -> Answer:
 
 
 def host_findings(answer: Answer, here: NodeFacts) -> list[Finding]:
-    """What is wrong with one machine; one ok line where nothing is."""
+    """What is wrong with one machine; an ok line where nothing is."""
     if answer.problem is not None:
         return [answer.problem]
     host, there = answer.host, answer.facts
@@ -112,15 +113,17 @@ def host_findings(answer: Answer, here: NodeFacts) -> list[Finding]:
     elif here.accelerator["device"] != "cpu" and have < host.slots:
         what = f"{host.name}: {have} accelerator(s), the hostfile says slots={host.slots}"
         findings.append(fail("hosts", what, "correct the hostfile, or see why the others are not visible"))
-    if abs(answer.clock_seconds) > MAX_CLOCK_SECONDS:
-        what = f"{host.name}: its clock is {answer.clock_seconds:+.0f} s off"
-        findings.append(warn("hosts", what, "run an NTP service; logs of different nodes do not line up"))
     missing = [path for path, is_there in there.paths.items() if not is_there]
     if missing:
         what = f"{host.name}: does not see {', '.join(missing)}"
         findings.append(fail("hosts", what, "run folder and shards must be on storage that all nodes share"))
-    kind = "CPU" if there.accelerator["device"] == "cpu" else f"{have} x {there.accelerator['model']}"
-    return findings or [ok("hosts", f"{host.name}: reached, {kind}, same packages, source and paths")]
+    if not findings:
+        kind = "CPU" if there.accelerator["device"] == "cpu" else f"{have} x {there.accelerator['model']}"
+        findings.append(ok("hosts", f"{host.name}: reached, {kind}, same packages, source and paths"))
+    if abs(answer.clock_seconds) > MAX_CLOCK_SECONDS:
+        what = f"{host.name}: its clock is {answer.clock_seconds:+.0f} s off"
+        findings.append(warn("hosts", what, "run an NTP service; logs of different nodes do not line up"))
+    return findings
 
 
 def _differences(there: NodeFacts, here: NodeFacts) -> list[tuple[str, str]]:

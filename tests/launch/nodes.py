@@ -102,7 +102,7 @@ class TwoNodes:
 
     def _wait_for_ssh(self, node: int) -> None:
         deadline = time.monotonic() + 30
-        while self.popen(node, ["ssh", ADDRESSES[node], "true"]).wait():
+        while self.popen(node, ["ssh", ADDRESSES[node], "true"], stderr=subprocess.DEVNULL).wait():
             if time.monotonic() > deadline:
                 raise RuntimeError((self.folder / f"sshd_{node}.log").read_text())
             time.sleep(0.2)
