@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from recap_ds.doctor.environment import environment_files, environment_finding, environment_variables
 from recap_ds.doctor.hosts import ask_hosts, host_findings, read_hostfile
 from recap_ds.doctor.machine import launcher_findings, machine_findings
 from recap_ds.doctor.network import local_bandwidth_findings, nodes_bandwidth_findings
@@ -40,7 +41,7 @@ def examine(
         yield from reading_findings(shards)
     yield from local_bandwidth_findings(here)
     if hostfile is not None:
-        yield from _over_nodes(hostfile, here, existing_parent(run_folder), shards)
+        yield from _over_nodes(hostfile, existing_parent(run_folder), shards)
 
 
 def facts_of_this_machine() -> NodeFacts:
@@ -53,8 +54,11 @@ def facts_of_this_machine() -> NodeFacts:
     return NodeFacts.from_output(done.stdout)
 
 
-def _over_nodes(hostfile: str, here: NodeFacts, run_folder: Path, shards: Path | None) -> Iterator[Finding]:
+def _over_nodes(hostfile: str, run_folder: Path, shards: Path | None) -> Iterator[Finding]:
     hosts = read_hostfile(hostfile)
+    files = environment_files()
+    environment = environment_finding(files)
+    yield environment
     token = run_folder / f".recap-ds-doctor-{uuid.uuid4().hex}"
     try:
         token.touch()
@@ -62,14 +66,16 @@ def _over_nodes(hostfile: str, here: NodeFacts, run_folder: Path, shards: Path |
         yield fail("hosts", f"not asked: {run_folder} cannot be written ({error.strerror})", "see 'run folder' above")
         return
     try:
-        answers = ask_hosts(hosts, [token, *([shards / "manifest.json"] if shards else [])])
+        paths = [token, *([shards / "manifest.json"] if shards else [])]
+        answers = ask_hosts(hosts, paths, environment_variables(files))
     finally:
         token.unlink()
-    findings = [finding for answer in answers for finding in host_findings(answer, here)]
+    answered = [answer.facts for answer in answers if answer.facts is not None]
+    # Where none answered there is nothing to compare, and every finding is why.
+    first = answered[0] if answered else None
+    findings = [finding for answer in answers for finding in host_findings(answer, first)]
     yield from findings
-    if any(finding.level == "fail" for finding in findings):
+    if first is None or any(finding.level == "fail" for finding in [environment, *findings]):
         yield fail("nodes", "bandwidth not measured", "first mend what the lines above say")
         return
-    first = answers[0].facts
-    assert first is not None
     yield from nodes_bandwidth_findings(hostfile, first, len(hosts))

@@ -1,4 +1,4 @@
-"""The machines of a hostfile: does ssh reach each without a password, and is each what this one is?
+"""The machines of a hostfile: does ssh reach each without a password, and is each what the first one is?
 
 Every rank writes its part of a checkpoint into one folder and every node reads the shards, so the paths must be the
 same files everywhere: a token file made here is looked for there.
@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -60,15 +60,16 @@ class Answer(NamedTuple):
     problem: Finding | None
 
 
-def ask_hosts(hosts: Sequence[Host], paths: Sequence[Path]) -> list[Answer]:
-    """All at once; in the order of the hostfile. ``paths`` are looked for on each."""
+def ask_hosts(hosts: Sequence[Host], paths: Sequence[Path], variables: Mapping[str, str]) -> list[Answer]:
+    """All at once; in the order of the hostfile. ``paths`` are looked for on each; ``variables``: as ranks get them."""
     with ThreadPoolExecutor(min(64, len(hosts))) as pool:
-        return list(pool.map(lambda host: _ask(host, paths), hosts))
+        return list(pool.map(lambda host: _ask(host, paths, variables), hosts))
 
 
-def _ask(host: Host, paths: Sequence[Path]) -> Answer:
+def _ask(host: Host, paths: Sequence[Path], variables: Mapping[str, str]) -> Answer:
     # The same Python and folder as here: what DeepSpeed's launcher counts on, too.
-    words = [sys.executable, "-m", "recap_ds.doctor.node", *(str(path.resolve()) for path in paths)]
+    words = ["env", *(f"{name}={value}" for name, value in variables.items())]
+    words += [sys.executable, "-m", "recap_ds.doctor.node", *(str(path.resolve()) for path in paths)]
     command = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"
     asked = time.time()
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
@@ -99,18 +100,22 @@ def _no_answer(host: Host, what: str, mend: str) -> Answer:
     return Answer(host, None, 0.0, fail("hosts", f"{host.name}: {what}", mend))
 
 
-def host_findings(answer: Answer, here: NodeFacts) -> list[Finding]:
-    """What is wrong with one machine; an ok line where nothing is."""
+def host_findings(answer: Answer, first: NodeFacts | None) -> list[Finding]:
+    """What is wrong with one machine; an ok line where nothing is.
+
+    ``first``: the first machine that answered. Not the one that asks, which may be a login node without accelerators.
+    """
     if answer.problem is not None:
         return [answer.problem]
     host, there = answer.host, answer.facts
-    assert there is not None
-    findings = [fail("hosts", f"{host.name}: {what}", mend) for what, mend in _differences(there, here)]
+    assert there is not None and first is not None
+    findings = [fail("hosts", f"{host.name}: {what}", mend) for what, mend in _differences(there, first)]
     have = there.accelerator["count"]
-    if there.accelerator["device"] != here.accelerator["device"]:
-        what = f"{host.name}: its accelerator is {there.accelerator['device']}, here {here.accelerator['device']}"
+    if there.accelerator["device"] != first.accelerator["device"]:
+        other = f"{first.accelerator['device']} on {first.hostname}"
+        what = f"{host.name}: its accelerator is {there.accelerator['device']}, {other}"
         findings.append(fail("hosts", what, "look at nvidia-smi there; variables belong into .deepspeed_env"))
-    elif here.accelerator["device"] != "cpu" and have < host.slots:
+    elif there.accelerator["device"] != "cpu" and have < host.slots:
         what = f"{host.name}: {have} accelerator(s), the hostfile says slots={host.slots}"
         findings.append(fail("hosts", what, "correct the hostfile, or see why the others are not visible"))
     missing = [path for path, is_there in there.paths.items() if not is_there]
@@ -126,15 +131,17 @@ def host_findings(answer: Answer, here: NodeFacts) -> list[Finding]:
     return findings
 
 
-def _differences(there: NodeFacts, here: NodeFacts) -> list[tuple[str, str]]:
-    found = []
-    if there.source != here.source:
-        found.append((f"recap_ds's source is another there ({there.source}, here {here.source})", "git pull there"))
-    other = [f"Python {there.python} (here {here.python})"] if there.python != here.python else []
-    for name in sorted({*there.versions, *here.versions}):
-        theirs, ours = there.versions.get(name), here.versions.get(name)
-        if theirs != ours:
-            other.append(f"{name} {theirs or 'missing'} (here {ours or 'missing'})")
+def _differences(there: NodeFacts, first: NodeFacts) -> list[tuple[str, str]]:
+    found, where = [], first.hostname
+    if there.source != first.source:
+        what = f"recap_ds's source is another there ({there.source}) than on {where} ({first.source})"
+        found.append((what, "git pull on both"))
+    other = [f"Python {there.python} ({first.python} on {where})"] if there.python != first.python else []
+    for name in sorted({*there.versions, *first.versions}):
+        theirs, firsts = there.versions.get(name), first.versions.get(name)
+        if theirs != firsts:
+            other.append(f"{name} {theirs or 'missing'} ({firsts or 'missing'} on {where})")
     if other:
-        found.append((", ".join(other), "install the same versions everywhere: pip freeze here, pip install -r there"))
+        mend = f"install the same versions everywhere: pip freeze on {where}, pip install -r there"
+        found.append((", ".join(other), mend))
     return found

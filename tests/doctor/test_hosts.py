@@ -63,11 +63,11 @@ def test_a_machine_like_this_one_is_one_ok_line():
 @pytest.mark.parametrize(
     ("there", "said"),
     [
-        (facts(versions=facts().versions | {"torch": "2.12.0"}), "torch 2.12.0 (here 2.13.0+cu128)"),
-        (facts(python="3.10.1"), "Python 3.10.1 (here 3.12.3)"),
+        (facts(versions=facts().versions | {"torch": "2.12.0"}), "torch 2.12.0 (2.13.0+cu128 on node-0)"),
+        (facts(python="3.10.1"), "Python 3.10.1 (3.12.3 on node-0)"),
         (facts(source="ffff"), "recap_ds's source is another there"),
         (facts(accelerator=facts().accelerator | {"count": 7}), "7 accelerator(s), the hostfile says slots=8"),
-        (facts(accelerator=facts().accelerator | CPU), "its accelerator is cpu, here cuda"),
+        (facts(accelerator=facts().accelerator | CPU), "its accelerator is cpu, cuda on node-0"),
         (facts(paths={"/runs/token": False, "/data": True}), "does not see /runs/token"),
     ],
 )
@@ -83,7 +83,7 @@ def test_a_clock_that_is_off_is_a_warning():
 
 def test_a_slow_answer_is_no_wrong_clock(ssh):
     ssh(f"""now=$(date +%s.%N); sleep 1; echo '{facts(time=0.25).to_line()}' | sed "s/0\\.25/$now/" """)
-    (answer,) = ask_hosts([HOST], [])
+    (answer,) = ask_hosts([HOST], [], {})
     assert answer.clock_seconds == 0.0
 
 
@@ -107,11 +107,11 @@ def test_machines_are_asked_in_the_order_of_the_hostfile(ssh, tmp_path, monkeypa
     odd = tmp_path / "a folder; $x"
     odd.mkdir()
     monkeypatch.chdir(odd)
-    answers = ask_hosts([Host("slow", 1), Host("quick", 2)], [odd / "token"])
+    answers = ask_hosts([Host("slow", 1), Host("quick", 2)], [odd / "token"], {"A": "b c"})
     assert [(answer.host.name, answer.facts.hostname) for answer in answers] == [("slow", "slow"), ("quick", "quick")]
     assert all(answer.clock_seconds < -1e9 for answer in answers)
     (asked,) = set((tmp_path / "asked").read_text().splitlines())
-    assert asked == f"cd '{odd}' && {sys.executable} -m recap_ds.doctor.node '{odd}/token'"
+    assert asked == f"cd '{odd}' && env 'A=b c' {sys.executable} -m recap_ds.doctor.node '{odd}/token'"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_machines_are_asked_in_the_order_of_the_hostfile(ssh, tmp_path, monkeypa
 )
 def test_machines_that_do_not_answer_say_why(ssh, script, said):
     ssh(script)
-    (answer,) = ask_hosts([HOST], [])
+    (answer,) = ask_hosts([HOST], [], {})
     (finding,) = host_findings(answer, facts())
     assert finding.level == "fail" and said in finding.what and finding.what.startswith("node-1: ") and finding.mend
 
@@ -140,6 +140,6 @@ def test_machines_that_do_not_answer_say_why(ssh, script, said):
 )
 def test_machines_whose_answer_is_not_understood_fail(ssh, script, said):
     ssh(script)
-    (answer,) = ask_hosts([HOST], [])
+    (answer,) = ask_hosts([HOST], [], {})
     (finding,) = host_findings(answer, facts())
     assert finding.level == "fail" and said in finding.what
