@@ -197,7 +197,8 @@ class DataConfig(Section):
     normalization: Literal["mean_std", "quantile"] = "mean_std"
     # Samples are shuffled within windows of this many shards.
     shuffle_shards: int = Field(8, ge=1)
-    # Share of each task's episodes kept for evaluation, chosen by a hash of the episode's name.
+    # Share of each task's episodes kept for evaluation, chosen by a hash of the episode's name; above 0, at least one
+    # of a task that has two.
     held_out_fraction: float = Field(0.1, ge=0, lt=1)
     augmentation: Literal["none", "shift_and_color"] = "none"
     num_workers: int = Field(2, ge=0)

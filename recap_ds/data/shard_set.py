@@ -20,6 +20,7 @@ from recap_ds.data.draws import identity_of
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.manifest import Manifest, ShardEntry
 from recap_ds.data.order import KeptSamples, group_by_shard
+from recap_ds.data.split import held_out_episodes
 from recap_ds.errors import UsageError
 
 MAX_OPEN_FILES = 64
@@ -125,12 +126,10 @@ class ShardSet:
         return identity_of(self.episodes[self.table.episode[sample]], int(self.table.frame[sample]))
 
     def held_out(self, fraction: float) -> np.ndarray:
-        """[N] bool, True = kept for evaluation: whole episodes, each by a hash of its own name alone.
-
-        So an episode stays on its side when data is added, and every task gives about ``fraction`` of its episodes.
-        """
-        is_out = [identity_of("held-out", name) < fraction * 2.0**64 for name in self.episodes]
-        return np.array(is_out, bool)[self.table.episode]
+        """[N] bool, True = kept for evaluation: whole episodes, about ``fraction`` of every task's (``split.py``)."""
+        task = np.zeros(len(self.episodes), np.int64)
+        task[self.table.episode] = self.table.task
+        return held_out_episodes(self.episodes, task, fraction)[self.table.episode]
 
     def training_samples(self, held_out_fraction: float) -> dict[str, KeptSamples]:
         """What training may draw, per source; sources with nothing left are absent."""
