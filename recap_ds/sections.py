@@ -233,6 +233,7 @@ class EvaluationConfig(Section):
     # Held-out evaluation during training; the last step is always evaluated.
     every_steps: int = Field(1000, ge=1)
     max_samples: int = Field(512, ge=1)
+    # Samples per batch, which has one row more: it lends its images to another (shuffled-image gap).
     batch_size: int = Field(32, ge=1)
     # Flow times of the seeded grid, evenly spaced in (0, 1).
     num_flow_times: int = Field(4, ge=1)

@@ -117,6 +117,7 @@ def random_batch(
         steps_to_end=num_valid - 1,
         sample_valid=torch.ones(batch_size, dtype=torch.bool),
         replaced=torch.zeros(batch_size, dtype=torch.bool),
+        image_lender=row.roll(1),
         slot=row.clone(),
         noise=torch.randn(batch_size, num_draws, *shape, generator=generator),
         time=uniform(batch_size, num_draws) * 0.999 + 0.001,

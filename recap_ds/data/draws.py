@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 8  # place: slot
     EVALUATION_NOISE = 9  # place: sample identity
     BASELINE_CHOICE = 10
+    IMAGE_LENDER = 11  # place: task
 
 
 class SampleDraws(NamedTuple):

@@ -128,7 +128,7 @@ class ShardSet:
     def held_out(self, fraction: float) -> np.ndarray:
         """[N] bool, True = kept for evaluation: whole episodes, about ``fraction`` of every task's (``split.py``)."""
         task = np.zeros(len(self.episodes), np.int64)
-        task[self.table.episode] = self.table.task
+        task[self.table.episode] = self.table.task  # an episode is of one task
         return held_out_episodes(self.episodes, task, fraction)[self.table.episode]
 
     def training_samples(self, held_out_fraction: float) -> dict[str, KeptSamples]:

@@ -187,9 +187,15 @@ def value_figures(records: Records, keep: np.ndarray) -> dict[str, float | int |
         "constant_mae": _mean(np.abs(returns - np.median(returns))) if len(returns) else None,
         "rank_correlation": rank_correlation(v, returns),
         "separation": separation(v[success], v[~success]),
-        # How much worse V does with the images of its neighbour in the batch; about 0 means it does not look.
-        "shuffled_image_gap": _mean(np.abs(shuffled - returns)) / mae - 1.0 if mae else None,
+        "shuffled_image_gap": _shuffled_image_gap(np.abs(v - returns), np.abs(shuffled - returns)),
     }
+
+
+def _shuffled_image_gap(error: np.ndarray, shuffled_error: np.ndarray) -> float | None:
+    """How much worse V does with the images of another episode of the task; about 0 means it does not look."""
+    lent = ~np.isnan(shuffled_error)
+    mae = _mean(error[lent])
+    return _mean(shuffled_error[lent]) / mae - 1.0 if mae else None
 
 
 def _distribution(values: np.ndarray) -> dict[str, float] | None:

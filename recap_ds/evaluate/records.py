@@ -34,7 +34,7 @@ class Records(NamedTuple):
     v_loss: np.ndarray | None  # [N]; of a distributional critic, negative log-likelihood
     q: np.ndarray | None  # [N]
     v: np.ndarray | None  # [N]
-    v_shuffled: np.ndarray | None  # [N]
+    v_shuffled: np.ndarray | None  # [N], NaN where the sample that was to lend its images cannot be read
     flow_loss: np.ndarray | None  # [N, 3], by INDICATOR_IDS
     actions: np.ndarray | None  # [N, H, A], sampled with the positive indicator, normalised
     unconditioned_actions: np.ndarray | None  # [N, H, A]
@@ -66,6 +66,9 @@ def collect_records(forward: Forward, batches: Iterable[TransitionBatch], device
 
 def _columns(batch: TransitionBatch, output: EvaluationOutput) -> Records:
     """This micro-batch's rows, as tensors in the order of ``Records``."""
+    v_shuffled = output.v_shuffled
+    if v_shuffled is not None:
+        v_shuffled = torch.where(batch.replaced[batch.image_lender], torch.nan, v_shuffled)
     return Records(
         task=batch.task,
         source=batch.source,
@@ -78,7 +81,7 @@ def _columns(batch: TransitionBatch, output: EvaluationOutput) -> Records:
         v_loss=output.v_loss,
         q=output.q,
         v=output.v,
-        v_shuffled=output.v_shuffled,
+        v_shuffled=v_shuffled,
         flow_loss=output.flow_loss,
         actions=output.actions,
         unconditioned_actions=output.unconditioned_actions,

@@ -1,7 +1,7 @@
 """Evaluate an export or a checkpoint on shards, spread over ranks, and write evaluation_results.json.
 
 No engine: every rank holds a plain replica and takes its share of the batches. The figures do not depend on how many
-ranks there are. With evaluation.batch_size only the shuffled-image gap changes: whose images it shuffles.
+ranks there are, nor on evaluation.batch_size.
 """
 
 import json

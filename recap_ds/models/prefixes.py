@@ -24,9 +24,9 @@ def encode_both(
 
 
 def encode_shuffled(vlm: Vlm, batch: TransitionBatch, pixels: Tensor) -> PrefixFeatures:
-    """Prefix of o_t with the images of the next row, everything else being its own."""
-    camera_mask = batch.observation.camera_mask.roll(1, dims=0)
-    return vlm(batch.observation._replace(camera_mask=camera_mask), pixels.roll(1, dims=0))
+    """Prefix of o_t with the images of the row that lends them, everything else being its own."""
+    camera_mask = batch.observation.camera_mask[batch.image_lender]
+    return vlm(batch.observation._replace(camera_mask=camera_mask), pixels[batch.image_lender])
 
 
 def detached(prefix: PrefixFeatures) -> PrefixFeatures:

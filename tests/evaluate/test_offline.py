@@ -163,6 +163,16 @@ def test_a_timeout_whose_return_is_known_is_a_failure():
     assert value_figures(timeouts, EVERYTHING) == value_figures(failures, EVERYTHING)
 
 
+def test_a_sample_whose_lender_is_damaged_takes_no_part_in_the_gap():
+    records = make_records()
+    lent = np.arange(len(records.v)) % 3 > 0
+    shuffled = np.where(lent, records.v_shuffled, np.nan)
+    gap = value_figures(records._replace(v_shuffled=shuffled), EVERYTHING)["shuffled_image_gap"]
+    assert gap == value_figures(records, lent)["shuffled_image_gap"] is not None
+    blind = value_figures(records._replace(v_shuffled=np.full_like(shuffled, np.nan)), EVERYTHING)
+    assert blind["shuffled_image_gap"] is None and blind["mae"] == value_figures(records, EVERYTHING)["mae"]
+
+
 def test_a_value_function_that_does_not_look_has_no_gap():
     records = make_records()
     assert value_figures(records._replace(v_shuffled=records.v), EVERYTHING)["shuffled_image_gap"] == 0.0

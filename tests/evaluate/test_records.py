@@ -36,7 +36,7 @@ def padded_batches(whole: TransitionBatch, size: int) -> Iterator[TransitionBatc
         present = min(size, NUM_SAMPLES - first)
         rows = torch.tensor([*range(first, first + present), *[0] * (size - present)])
         batch = map_tensors(lambda tensor, rows=rows: tensor[rows], whole)
-        yield batch._replace(sample_valid=torch.arange(size) < present)
+        yield batch._replace(sample_valid=torch.arange(size) < present, image_lender=torch.arange(size))
 
 
 def test_records_keep_the_order_and_drop_the_padding():
@@ -56,6 +56,15 @@ def test_a_damaged_row_in_the_middle_is_dropped():
     valid = torch.arange(NUM_SAMPLES) != 4
     records = collect_records(judged, [whole._replace(sample_valid=valid)], CPU)
     assert np.array_equal(records.mc_return, whole.mc_return[valid].double().numpy())
+
+
+def test_a_lender_that_cannot_be_read_leaves_nothing_to_compare():
+    whole = random_batch(CONFIG, NUM_SAMPLES, seed=1)
+    damaged = torch.arange(NUM_SAMPLES) == 4
+    records = collect_records(judged, [whole._replace(sample_valid=~damaged, replaced=damaged)], CPU)
+    assert whole.image_lender[5] == 4, "its images are the next row's"
+    assert np.flatnonzero(np.isnan(records.v_shuffled)).tolist() == [4], "row 5, without the one before"
+    assert np.isfinite(records.v).all()
 
 
 def test_types_and_the_action_mask():
