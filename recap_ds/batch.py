@@ -58,7 +58,8 @@ class TransitionBatch(NamedTuple):
     steps_to_end: Tensor  # [B] int64, frames after this one in the episode
     sample_valid: Tensor  # [B] bool, False = padding of an evaluation batch
     replaced: Tensor  # [B] bool, True = stands in for a damaged sample
-    image_lender: Tensor  # [B] int64, the row whose images held-out evaluation shows instead of this one's
+    # In held-out evaluation, the row whose images are shown instead of this one's; zeros elsewhere.
+    image_lender: Tensor  # [B] int64
     # Everything random about the sample: Philox draws of (seed, slot, purpose), so losses do not depend on the layout.
     slot: Tensor  # [B] int64
     noise: Tensor  # [B, F, H, A] float32, standard normal

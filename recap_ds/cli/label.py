@@ -37,11 +37,10 @@ def run(arguments: Sequence[str]) -> int:
     info = read_rank_info()
     export = export_of(parsed.checkpoint, info)
     job = open_label_job(export, parsed.shards, parsed.tag, parsed.overrides)
-    record = finished_labels(job)
-    if record is None:
-        runtime = start_runtime(info, timeout_seconds=WAIT_SECONDS)
-        record = label_shards(job, runtime, report=lambda line: print(line, flush=True) if info.is_main else None)
-        stop_runtime()
+    finished_labels(job)  # labels of another job are refused before ranks meet
+    runtime = start_runtime(info, timeout_seconds=WAIT_SECONDS)
+    label_shards(job, runtime, report=lambda line: print(line, flush=True) if info.is_main else None)
+    stop_runtime()
     if info.is_main:
         print(label_table(job.shard_set, parsed.tag))
         print(f"next: recap-ds labels show {parsed.shards} --tag {parsed.tag}")

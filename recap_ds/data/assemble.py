@@ -86,7 +86,7 @@ class Assembler:
     ) -> TransitionBatch:
         """``samples`` [B] ids, ``arrays`` what ``read`` gave for each; rows not ``sample_valid`` take no part.
 
-        ``image_lender`` [B]: rows; every row's own where nobody asks.
+        ``image_lender`` [B]: rows; zeros where nobody asks.
         """
         table = self.shard_set.table
         task = self._column(table.task, samples)
@@ -131,7 +131,7 @@ class Assembler:
             steps_to_end=steps_to_end,
             sample_valid=valid,
             replaced=torch.from_numpy(replaced),
-            image_lender=torch.from_numpy(np.arange(len(samples)) if image_lender is None else image_lender),
+            image_lender=torch.from_numpy(np.zeros(len(samples), np.int64) if image_lender is None else image_lender),
             slot=torch.from_numpy(draws.slot),
             noise=torch.from_numpy(draws.noise),
             time=torch.from_numpy(draws.time),

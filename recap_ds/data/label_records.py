@@ -40,6 +40,19 @@ class ValuesRecord(_Part):
     value: ValueConfig
     max_length: dict[str, int]
 
+    def content_hash(self) -> str:
+        """Names the job: every file of values carries it."""
+        return _content_hash(self)
+
+
+class ValuesFileRecord(_Part):
+    """``values/<tag>/<shard>.json``: one shard is done."""
+
+    format_version: int = FORMAT_VERSION
+    job: str  # content_hash of the ValuesRecord
+    num_unread: int  # samples without a value, because they could not be read
+    file: FileRecord
+
 
 class LabelSettings(_Part):
     """What makes labels of values, beside the values."""
@@ -75,27 +88,44 @@ class LabelRecord(_Part):
 
     def content_hash(self) -> str:
         """sha256 of the canonical JSON, which holds every label file's checksum: what a run remembers of its labels."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return _content_hash(self)
+
+
+def _content_hash(record: BaseModel) -> str:
+    return hashlib.sha256(json.dumps(record.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 Record = TypeVar("Record", ValuesRecord, LabelRecord)
 
 
+# How to get a record again that cannot be read.
+MENDS = {
+    ValuesRecord: "remove it and run launch/label.py again with this critic and tag: values that are sound stay",
+    LabelRecord: "remove it and make the labels again, as they were made: by launch/label.py with this tag, or by "
+    "'recap-ds labels rethreshold'",
+}
+
+
 def load_record(kind: type[Record], path: Path) -> Record:
-    values: dict[str, Any] = read_checked_json(path, FORMAT_VERSION)
     try:
+        values: dict[str, Any] = read_checked_json(path, FORMAT_VERSION)
         return kind.model_validate(values)
+    except UsageError as error:
+        raise UsageError(f"{error}; {MENDS[kind]}") from None
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
-        raise UsageError(f"{path}: '{place}' is not as this version writes it; run launch/label.py again") from None
+        raise UsageError(f"{path}: '{place}' is not as this version writes it; {MENDS[kind]}") from None
 
 
-def save_record(record: ValuesRecord | LabelRecord, path: Path) -> None:
+def save_record(record: ValuesRecord | ValuesFileRecord | LabelRecord, path: Path) -> None:
     """Whole or not at all."""
     unfinished = path.with_name(f".{path.name}.tmp")
-    write_checked_json(unfinished, record.model_dump(mode="json"))
-    unfinished.replace(path)
-    sync_folder(path.parent)
+    try:
+        write_checked_json(unfinished, record.model_dump(mode="json"))
+        unfinished.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def check_tag(tag: str, flag: str) -> str:

@@ -38,6 +38,13 @@ class SweepDataset(Dataset):
         except UsageError as error:
             return error
 
+    def can_read(self, sample: int) -> bool:
+        try:
+            self._decoder.read(self._assembler.shard_set, sample, needs_next=False)
+        except DamagedSample:
+            return False
+        return True
+
     def batch(self, present: np.ndarray) -> TransitionBatch:
         """``replaced`` is True and ``sample_valid`` False in the row of a sample that cannot be read."""
         size = self._batch_size

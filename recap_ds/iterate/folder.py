@@ -17,7 +17,8 @@ from pathlib import Path
 from recap_ds.checkpoint.layout import BEST, CHECKPOINTS_NAME, LATEST, linked_step
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.label_records import LABELS_NAME
-from recap_ds.data.labels import labels_folder, values_folder
+from recap_ds.data.labels import labels_folder
+from recap_ds.data.values import values_folder
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.files.atomic import write_file
 from recap_ds.iterate.recipe import IterationRecipe, TrainingJob

@@ -26,8 +26,9 @@ from recap_ds.algo.labels import (
 from recap_ds.algo.returns import TaskScale, monte_carlo_return, takeovers_ahead, value_scale
 from recap_ds.config import ValueConfig
 from recap_ds.data.label_records import LabelRecord, LabelSettings, TaskLabels
-from recap_ds.data.labels import LabelColumns, StoredValues
+from recap_ds.data.labels import LabelColumns
 from recap_ds.data.shard_set import ShardSet
+from recap_ds.data.values import StoredValues
 from recap_ds.errors import UsageError
 
 

@@ -1,12 +1,14 @@
 """A label job: a critic's export and a shard folder become labels under a tag.
 
 Every rank holds a plain replica and computes values of its share of the shards; then rank 0 alone makes labels of them.
-A job that finished before says so and ends; one that was interrupted goes on.
+A job that was interrupted goes on; one that finished before makes again what was damaged since, or mended, and nothing
+else.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,22 +16,18 @@ import numpy as np
 import torch
 
 from recap_ds.batch import TransitionBatch
+from recap_ds.checkpoint.agreement import on_every_rank, on_main
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.assemble import Assembler
 from recap_ds.data.label_records import LabelRecord, LabelSettings, PrecisionName, ValuesRecord, check_tag
-from recap_ds.data.labels import (
-    StoredValues,
-    load_label_record,
-    open_values,
-    read_label_record,
-    read_values,
-    write_labels,
-)
+from recap_ds.data.labels import label_problems, labels_folder, load_label_record, read_label_record, write_labels
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.data.sweep import SweepDataset
+from recap_ds.data.values import StoredValues, open_values, read_values, values_folder
 from recap_ds.distributed.runtime import Runtime
 from recap_ds.errors import UsageError
 from recap_ds.evaluate.results import open_held_out
+from recap_ds.files.lock import exclusive
 from recap_ds.label.assign import assign_labels
 from recap_ds.label.values import Report, pending_shards, share_of_rank, write_shard_values
 from recap_ds.models.export_format import ExportRecord
@@ -120,25 +118,65 @@ def finished_labels(job: LabelJob) -> LabelRecord | None:
 
 
 def label_shards(job: LabelJob, runtime: Runtime, report: Report) -> LabelRecord | None:
-    """Both passes; the record on rank 0, None elsewhere. Collective: every rank must call."""
-    _compute_values(job, runtime, report)
-    runtime.barrier()
-    if not runtime.info.is_main:
-        return None
-    stored = read_values(job.shard_set, job.tag)
-    _check_damage(stored, job.config.data.max_damaged_fraction, job.shard_set.folder, report)
-    return _make_labels(job.shard_set, stored, job.tag, job.tag, label_settings(job.config))
+    """Both passes, as far as they are not done; the record on rank 0, None elsewhere.
+
+    Collective: every rank must call.
+    """
+    shard_set, device = job.shard_set, runtime.device
+    # As in training: bfloat16 is ten times slower than float32 on a CPU.
+    values = _values_record(job, "bfloat16" if job.config.training.use_amp and device.type != "cpu" else "float32")
+    dataset = SweepDataset(job.assembler, job.config, job.normalizer, job.config.label.batch_size)
+    with ExitStack() as held:
+
+        def start() -> list[int] | None:
+            held.enter_context(_one_job(shard_set.folder, job.tag, "--tag", report))
+            return _pending(job, dataset, values, report)
+
+        pending = on_main(runtime, start)
+        if pending is not None:
+            on_every_rank(runtime, lambda: _compute_values(job, runtime, dataset, values, pending, report))
+        if not runtime.info.is_main:
+            return None
+        if pending is None:
+            return load_label_record(shard_set.folder, job.tag)
+        stored = read_values(shard_set, job.tag)
+        _check_damage(stored, job.config.data.max_damaged_fraction, shard_set.folder, report)
+        return _make_labels(shard_set, stored, job.tag, job.tag, label_settings(job.config))
 
 
-def rethreshold(shards: str | Path, tag: str, new_tag: str, overrides: Sequence[str]) -> LabelRecord:
+def _one_job(shards: str | Path, tag: str, flag: str, report: Report) -> AbstractContextManager[None]:
+    """Beside the tag's folder, which may not be there yet; no tag begins with a dot."""
+    folder = labels_folder(shards, tag)
+    return exclusive(folder.with_name(f".{tag}.lock"), f"{flag} {tag}", report)
+
+
+def _pending(job: LabelJob, dataset: SweepDataset, values: ValuesRecord, report: Report) -> list[int] | None:
+    """Shards that lack values; None where labels and values are there and whole."""
+    shard_set = job.shard_set
+    finished = finished_labels(job)
+    if finished is not None:
+        problems = label_problems(shard_set, job.tag, finished)
+        # Whole values stay, in whatever precision they were computed.
+        folder = values_folder(shard_set.folder, finished.values_tag)
+        pending = pending_shards(dataset, shard_set, folder, finished.values)
+        if not problems and not pending:
+            return None
+        for problem in problems:
+            report(f"labels  {problem}")
+        report(f"labels '{job.tag}' were finished; {len(pending)} shards' values and all labels are made again")
+    folder = open_values(shard_set.folder, job.tag, values)
+    return pending_shards(dataset, shard_set, folder, values)
+
+
+def rethreshold(
+    shards: str | Path, tag: str, new_tag: str, overrides: Sequence[str], report: Report = print
+) -> LabelRecord:
     """Labels of other settings, ``new_tag``, from the values that ``tag``'s were made of; no inference."""
     check_tag(tag, "--tag")
     check_tag(new_tag, "--new-tag")
     check_keys(overrides, ASSIGN_KEYS, "does not change labels of stored values")
     shard_set = ShardSet.open(shards)
     old = read_label_record(shard_set, tag)
-    if load_label_record(shards, new_tag) is not None:
-        raise UsageError(f"--new-tag {new_tag}: there are labels of that tag already; give another")
     settings = old.settings
     before = [f"label.{name}={value}" for name, value in settings.label.model_dump().items()]
     before += [f"recap.positive_fraction={settings.positive_fraction}", f"recap.demos={settings.demos}"]
@@ -149,7 +187,10 @@ def rethreshold(shards: str | Path, tag: str, new_tag: str, overrides: Sequence[
             f"--tag {tag}: its labels were made of other values than values/{old.values_tag} holds now; "
             "run launch/label.py with the critic you mean, under a tag of its own"
         )
-    return _make_labels(shard_set, stored, old.values_tag, new_tag, label_settings(config))
+    with _one_job(shards, new_tag, "--new-tag", report):
+        if load_label_record(shards, new_tag) is not None:
+            raise UsageError(f"--new-tag {new_tag}: there are labels of that tag already; give another")
+        return _make_labels(shard_set, stored, old.values_tag, new_tag, label_settings(config))
 
 
 def _make_labels(
@@ -174,26 +215,20 @@ def label_settings(config: PiStarRECAPConfig) -> LabelSettings:
     return LabelSettings(label=config.label, positive_fraction=config.recap.positive_fraction, demos=config.recap.demos)
 
 
-def _compute_values(job: LabelJob, runtime: Runtime, report: Report) -> None:
+def _compute_values(
+    job: LabelJob, runtime: Runtime, dataset: SweepDataset, values: ValuesRecord, pending: list[int], report: Report
+) -> None:
     device, info, shard_set = runtime.device, runtime.info, job.shard_set
-    # As in training: bfloat16 is ten times slower than float32 on a CPU.
-    precision = "bfloat16" if job.config.training.use_amp and device.type != "cpu" else "float32"
     if device.type == "cpu":
         # A sum split over threads rounds by their number, which falls as ranks are added.
         torch.set_num_threads(1)
-    policy = job.policy.to(device, getattr(torch, precision)).eval()
+    policy = job.policy.to(device, getattr(torch, values.precision)).eval()
 
     def predict(batch: TransitionBatch) -> PredictedValues:
         return predict_values(policy, batch.observation, batch.actions, batch.td_action_valid)
 
-    folder, pending = None, []
-    if info.is_main:
-        folder = open_values(shard_set.folder, job.tag, _values_record(job, precision))
-        pending = pending_shards(shard_set, folder)
-    folder, pending = runtime.broadcast_object([str(folder), pending])
-    mine = share_of_rank(shard_set, pending, info.rank, info.world)
-    dataset = SweepDataset(job.assembler, job.config, job.normalizer, job.config.label.batch_size)
-    write_shard_values(dataset, shard_set, mine, Path(folder), predict, job.config, device, report)
+    mine, folder = share_of_rank(shard_set, pending, info.rank, info.world), values_folder(shard_set.folder, job.tag)
+    write_shard_values(dataset, shard_set, mine, folder, values, predict, job.config, device, report)
 
 
 def _values_record(job: LabelJob, precision: PrecisionName = "float32") -> ValuesRecord:

@@ -1,8 +1,9 @@
 """Pass 1 of a label job: what the critic says of every sample, once, on any number of ranks and without an engine.
 
-A shard is the unit of work and its file the record that it is done: an interrupted job computes only what is missing.
-What a file holds depends on its shard, the checkpoint and the batch size alone, so neither the number of ranks nor
-interruptions can be seen in it (in float32, on one kind of device).
+A shard is the unit of work and its file the record that it is done: an interrupted job computes only what is missing,
+and one that is run again only what was damaged since, or could not be read and now can. What a file holds depends on
+its shard, the checkpoint and the batch size alone, so neither the number of ranks nor interruptions can be seen in it
+(in float32, on one kind of device).
 
     B samples
 """
@@ -16,19 +17,27 @@ from torch import Tensor
 
 from recap_ds.batch import TransitionBatch, to_device
 from recap_ds.config import PiStarRECAPConfig
-from recap_ds.data.labels import values_path, write_values
+from recap_ds.data.label_records import ValuesRecord
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.data.sweep import SweepBatches, SweepDataset, build_sweep_loader
+from recap_ds.data.values import unread_samples, values_problem, write_values
 from recap_ds.models.inference_value import PredictedValues
 
 Predict = Callable[[TransitionBatch], PredictedValues]
 Report = Callable[[str], None]
 
 
-def pending_shards(shard_set: ShardSet, folder: Path) -> list[int]:
-    """Shards without a values file. One rank should ask and tell the others: the answer changes as they work."""
-    shards = enumerate(shard_set.manifest.shards)
-    return [shard for shard, entry in shards if not values_path(folder, entry.name).is_file()]
+def pending_shards(dataset: SweepDataset, shard_set: ShardSet, folder: Path, record: ValuesRecord) -> list[int]:
+    """Shards without values of the job, or with samples to read that could not be read before.
+
+    One rank should ask and tell the others: the answer changes as they work.
+    """
+    return [
+        shard
+        for shard in range(len(shard_set.manifest.shards))
+        if values_problem(shard_set, folder, shard, record) is not None
+        or any(dataset.can_read(int(sample)) for sample in unread_samples(shard_set, folder, shard))
+    ]
 
 
 def share_of_rank(shard_set: ShardSet, pending: Sequence[int], rank: int, world: int) -> list[int]:
@@ -48,6 +57,7 @@ def write_shard_values(
     shard_set: ShardSet,
     shards: Sequence[int],
     folder: Path,
+    record: ValuesRecord,
     predict: Predict,
     config: PiStarRECAPConfig,
     device: torch.device,
@@ -62,7 +72,7 @@ def write_shard_values(
     for number, (shard, sizes) in enumerate(zip(shards, batches.sizes, strict=True), start=1):
         parts = [_predict_rows(next(loader), size, predict, device) for size in sizes]
         value, advantage = (_join(column) for column in zip(*parts, strict=True))
-        write_values(shard_set, folder, shard, value, advantage)
+        write_values(shard_set, folder, shard, record, value, advantage)
         report(f"values  {shard_set.manifest.shards[shard].name}  {number}/{len(shards)}")
 
 

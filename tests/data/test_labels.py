@@ -9,18 +9,9 @@ import pytest
 
 from recap_ds.algo.advantage import INDICATOR_IDS
 from recap_ds.data.label_records import LabelRecord, TaskLabels, ValuesRecord, check_tag
-from recap_ds.data.labels import (
-    LabelColumns,
-    LabelSet,
-    labels_folder,
-    open_values,
-    read_labels,
-    read_values,
-    values_folder,
-    write_labels,
-    write_values,
-)
+from recap_ds.data.labels import LabelColumns, LabelSet, labels_folder, read_labels, write_labels
 from recap_ds.data.shard_set import ShardSet
+from recap_ds.data.values import open_values, read_values, values_folder, values_problem, write_values
 from recap_ds.errors import UsageError
 from tests.data.tiny_shards import flat_episode, mixed_set, write_tiny
 from tests.label.made_values import made_record, made_settings, store_values
@@ -155,25 +146,80 @@ def test_missing_and_changed_label_files_are_named(shard_set):
 
 
 def test_missing_and_damaged_values_are_named(shard_set):
+    """Every way a file can be wrong; one of these is a single bit, which parquet itself would not notice."""
     store_values(shard_set, "hurt", np.zeros(shard_set.num_samples, np.float32))
-    folder = values_folder(shard_set.folder, "hurt")
+    folder, record = values_folder(shard_set.folder, "hurt"), made_record(shard_set)
     demo, auto = folder / "demo-000000.parquet", folder / "auto-000000.parquet"
-    data = demo.read_bytes()
+    data, done = demo.read_bytes(), demo.with_suffix(".json").read_bytes()
+    shard = [entry.name for entry in shard_set.manifest.shards].index("demo-000000.tar")
+
+    def said() -> str:
+        with pytest.raises(UsageError, match=r"; run launch/label\.py again with this tag") as caught:
+            read_values(shard_set, "hurt")
+        assert values_problem(shard_set, folder, shard, record) in str(caught.value)
+        return str(caught.value)
+
     demo.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UsageError, match=r"demo-000000\.parquet: damaged .*remove it"):
-        read_values(shard_set, "hurt")
+    assert f"demo-000000.parquet has {len(data) // 2} bytes instead of {len(data)}" in said()
+    flipped = bytearray(data)
+    flipped[len(data) // 3] ^= 4
+    demo.write_bytes(flipped)
+    assert "demo-000000.parquet was changed or damaged" in said()
     demo.write_bytes(auto.read_bytes())
-    with pytest.raises(UsageError, match=r"demo-000000\.parquet: its rows are not the shard's samples"):
-        read_values(shard_set, "hurt")
+    assert "demo-000000.parquet" in said()
     demo.unlink()
-    with pytest.raises(UsageError, match=r"demo-000000\.parquet: missing; .* goes on where it stopped"):
-        read_values(shard_set, "hurt")
+    assert "demo-000000.parquet is missing" in said()
+    demo.write_bytes(data)
+    for text, what in ((done[:-20], "is cut off or not JSON"), (done.replace(b"job", b"jab"), "its checksum differs")):
+        demo.with_suffix(".json").write_bytes(text)
+        assert what in said()
+    demo.with_suffix(".json").unlink()
+    assert "demo-000000.parquet cannot be checked" in said()
+    demo.with_suffix(".json").write_bytes(done)
+    assert values_problem(shard_set, folder, shard, record) is None
+    read_values(shard_set, "hurt")
+
+
+def test_values_left_by_another_job_count_for_nothing(shard_set):
+    """Somebody removed values.json, or it was damaged, and another critic's job came to the same folder."""
+    zeros = np.zeros(shard_set.num_samples, np.float32)
+    store_values(shard_set, "left", zeros)
+    folder = values_folder(shard_set.folder, "left")
+    (folder / "values.json").write_text("{")
+    with pytest.raises(UsageError, match=r"values\.json: is cut off.*remove it and run .* values that are sound stay"):
+        read_values(shard_set, "left")
+    (folder / "values.json").unlink()
+    other = made_record(shard_set).model_copy(update={"checkpoint_hash": "d" * 64})
+    open_values(shard_set.folder, "left", other)
+    assert values_problem(shard_set, folder, 0, made_record(shard_set)) is None
+    assert "is of another job" in values_problem(shard_set, folder, 0, other)
+    with pytest.raises(UsageError, match=r"auto-000000\.parquet is of another job than values\.json"):
+        read_values(shard_set, "left")
+
+
+def test_a_damaged_record_of_labels_says_how_to_mend_it(shard_set):
+    write_random_labels(shard_set, "record")
+    path = labels_folder(shard_set.folder, "record") / "labels.json"
+    text = path.read_text()
+    for damaged, what in ((text[:-9], "cut off"), (text.replace("cube", "cuba"), "its checksum differs")):
+        path.write_text(damaged)
+        with pytest.raises(UsageError, match=rf"labels\.json: .*{what}.*; remove it and make the labels again"):
+            LabelSet.open(shard_set, "record")
+
+
+def test_labels_of_a_rethreshold_are_mended_by_one(shard_set):
+    columns = random_columns(shard_set.num_samples)
+    record = label_record(made_record(shard_set), {"cube": 0.25, "cup": None})
+    write_labels(shard_set, "less", record, columns)
+    (labels_folder(shard_set.folder, "less") / "auto-000000.parquet").unlink()
+    with pytest.raises(UsageError, match=r"auto-000000.parquet is missing; remove labels\.json .* from the tag 't'"):
+        LabelSet.open(shard_set, "less")
 
 
 def test_a_tag_goes_on_only_with_the_same_critic(shard_set):
     record = made_record(shard_set)
     folder = open_values(shard_set.folder, "mine", record)
-    write_values(shard_set, folder, 0, np.zeros(shard_set.manifest.shards[0].num_samples, np.float32), None)
+    write_values(shard_set, folder, 0, record, np.zeros(shard_set.manifest.shards[0].num_samples, np.float32), None)
     assert open_values(shard_set.folder, "mine", record) == folder
     changes = {"checkpoint_hash": "d" * 64, "precision": "bfloat16", "max_length": {"cube": 40, "cup": 11}}
     for name, value in changes.items():

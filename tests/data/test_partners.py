@@ -69,7 +69,7 @@ def test_the_images_shown_are_of_another_moment(tmp_path):
 
 
 def test_a_long_episode_borrows_from_the_short_ones_in_turn(tmp_path):
-    """All of episodes 3, 4 and 2 are held out at 0.4; only the long one follows itself."""
+    """Episode 3 is held out with two of three frames; in rounds it alone is left at the end."""
     shard_set = write_tiny(tmp_path, [flat_episode(i, 40 if i == 3 else 3) for i in range(8)])
     sample, lender = lending_of(shard_set)
     episode = shard_set.table.episode

@@ -7,8 +7,8 @@ import numpy as np
 
 from recap_ds.config import LabelConfig, ValueConfig
 from recap_ds.data.label_records import LabelSettings, ValuesRecord
-from recap_ds.data.labels import StoredValues, open_values, read_values, write_values
 from recap_ds.data.shard_set import ShardSet
+from recap_ds.data.values import StoredValues, open_values, read_values, write_values
 
 ValueOf = Callable[[str, int], float]  # (episode, frame)
 
@@ -37,12 +37,13 @@ def store_values(
     shard_set: ShardSet, tag: str, value: np.ndarray, action_advantage: np.ndarray | None = None, **value_config: Any
 ) -> StoredValues:
     """Written and read back, as a label job does."""
-    folder = open_values(shard_set.folder, tag, made_record(shard_set, **value_config))
+    record = made_record(shard_set, **value_config)
+    folder = open_values(shard_set.folder, tag, record)
     starts = shard_set.shard_starts
     for shard in range(len(shard_set.manifest.shards)):
         rows = slice(starts[shard], starts[shard + 1])
         part = None if action_advantage is None else action_advantage[rows]
-        write_values(shard_set, folder, shard, value[rows], part)
+        write_values(shard_set, folder, shard, record, value[rows], part)
     return read_values(shard_set, tag)
 
 

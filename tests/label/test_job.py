@@ -1,5 +1,6 @@
 """Label jobs over a real critic: the same bytes on any number of ranks and after any interruption."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -9,17 +10,22 @@ import pytest
 import torch
 
 from recap_ds.batch import OUTCOME_IDS
+from recap_ds.data import labels
 from recap_ds.data.held_out import EvaluationBatches
-from recap_ds.data.label_records import VALUES_NAME, ValuesRecord, load_record, save_record
-from recap_ds.data.labels import labels_folder, read_labels, read_values, values_folder
+from recap_ds.data.label_records import LABELS_NAME, VALUES_NAME
+from recap_ds.data.labels import labels_folder, read_labels
 from recap_ds.data.shard_set import ShardSet
+from recap_ds.data.values import read_values, values_folder
 from recap_ds.distributed.runtime import RankInfo, Runtime
 from recap_ds.errors import UsageError
+from recap_ds.files.lock import exclusive
+from recap_ds.files.records import FileRecord, record_file
 from recap_ds.label.job import LabelJob, finished_labels, label_shards, open_label_job, rethreshold
 from recap_ds.models.inference_value import predict_values
 from tests.data.tiny_shards import flat_episode, mixed_set, write_tiny
 from tests.distributed.harness import run_ranks
 from tests.label.made_export import save_critic
+from tests.label.made_values import store_values
 
 ALONE = Runtime(RankInfo(), torch.device("cpu"), "gloo")
 
@@ -132,14 +138,14 @@ def test_rethreshold_needs_no_critic_and_equals_a_job_of_those_settings(root, al
 
 
 def test_rethreshold_refuses_values_that_a_later_job_replaced(root, alone):
-    path = values_folder(root / "shards", "alone") / VALUES_NAME
-    before = path.read_bytes()
-    try:
-        save_record(load_record(ValuesRecord, path).model_copy(update={"checkpoint_hash": "f" * 64}), path)
-        with pytest.raises(UsageError, match="--tag alone: its labels were made of other values"):
-            rethreshold(root / "shards", "alone", "stale", [])
-    finally:
-        path.write_bytes(before)
+    shards = shutil.copytree(root / "shards", root / "stale")
+    shutil.rmtree(values_folder(shards, "alone"))
+    with pytest.raises(UsageError, match="no values with the tag 'alone'"):
+        rethreshold(shards, "alone", "stale", [])
+    shard_set = ShardSet.open(shards)
+    store_values(shard_set, "alone", np.zeros(shard_set.num_samples, np.float32))
+    with pytest.raises(UsageError, match="--tag alone: its labels were made of other values"):
+        rethreshold(shards, "alone", "stale", [])
     with pytest.raises(UsageError, match=r"--tag '\.\./alone'"):
         rethreshold(root / "shards", "../alone", "stale", [])
 
@@ -154,8 +160,10 @@ def test_a_finished_job_is_recognised_and_another_refused(root, alone):
     with pytest.raises(UsageError, match="labels of other values"):
         finished_labels(opened("iql"))
     assert finished_labels(opened("distributional")._replace(tag="new")) is None
+    shards = copy_of_shards(root, "other_values")
+    shutil.copytree(values_folder(root / "shards", "alone"), values_folder(shards, "alone"))
     with pytest.raises(UsageError, match=r"--tag alone: .* another job \(checkpoint_hash differs\)"):
-        run(root, "iql", "alone")
+        run(root, "iql", "alone", shards="other_values")
 
 
 @pytest.mark.parametrize(
@@ -193,3 +201,102 @@ def test_samples_that_cannot_be_read_get_no_label_up_to_a_limit(root, tmp_path):
     _, columns = read_labels(shards, "t")
     assert np.flatnonzero(np.isnan(columns.value)).tolist() == [shards.shard_starts[1] + 2]
     assert (shards.table.outcome == OUTCOME_IDS["success"]).all() and np.isfinite(columns.returns).all()
+
+
+# -- run again ------------------------------------------------------------------------------------------------------
+
+
+def flip_bit(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_finished_job_that_is_whole_does_nothing_again(root, alone):
+    folders = values_folder(root / "shards", "alone"), labels_folder(root / "shards", "alone")
+    before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
+    lines = []
+    run(root, "distributional", "alone", lines=lines)
+    assert lines == [] and {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_what_was_lost_or_damaged_since_is_made_again(root, alone):
+    """Values lost under finished labels, a bit of a value and of a label file, and the record of the values."""
+    shards = shutil.copytree(root / "shards", root / "mended")
+    values, labelled = values_folder(shards, "alone"), labels_folder(shards, "alone")
+
+    def check(*said: str) -> None:
+        lines = []
+        run(root, "distributional", "alone", shards="mended", lines=lines)
+        check_same_bytes(files_of(shards, "alone"), alone)
+        assert [any(part in line for line in lines) for part in said] == [True] * len(said), lines
+        assert sum(line.startswith("values  ") for line in lines) == "".join(said).count("values  ")
+
+    (values / "demo-000001.parquet").unlink()
+    with pytest.raises(UsageError, match=r"demo-000001\.parquet is missing; run launch/label\.py again with this tag"):
+        rethreshold(shards, "alone", "less", ["recap.positive_fraction=0.1"])
+    check("values  demo-000001.tar  1/1", "labels 'alone' were finished; 1 shards' values and all labels")
+    rethreshold(shards, "alone", "less", ["recap.positive_fraction=0.1"])
+
+    flip_bit(values / "auto-000000.parquet", 300)
+    check("values  auto-000000.tar  1/1")
+    flip_bit(labelled / "auto-000000.parquet", 300)
+    check("labels  auto-000000.parquet was changed or damaged")
+    (values / VALUES_NAME).unlink()
+    (labelled / LABELS_NAME).unlink()
+    check()
+
+
+def test_a_job_killed_while_it_writes_labels_goes_on_to_the_same_bytes(root, alone, monkeypatch):
+    """Nothing that calls itself finished may be there until all of it is."""
+    shards = shutil.copytree(root / "shards", root / "half")
+    flip_bit(labels_folder(shards, "alone") / "demo-000000.parquet", 300)
+    written = []
+
+    def dies(path: Path) -> FileRecord:
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return record_file(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(labels, "record_file", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(root, "distributional", "alone", shards="half")
+    with pytest.raises(UsageError, match="no labels with the tag 'alone'"):
+        read_labels(ShardSet.open(shards), "alone")
+    run(root, "distributional", "alone", shards="half")
+    check_same_bytes(files_of(shards, "alone"), alone)
+
+
+def test_a_shard_that_was_mended_gets_its_labels(root, alone):
+    shards = copy_of_shards(root, "repaired")
+    tar = shards / "auto-000001.tar"
+    whole = tar.read_bytes()
+    shard_set = ShardSet.open(shards)
+    shard = [entry.name for entry in shard_set.manifest.shards].index(tar.name)
+    lost = int(shard_set.shard_starts[shard]) + 2
+    flip_bit(tar, int(shard_set.table.start[lost]))
+    settings = ["data.max_damaged_fraction=0.05"]
+    run(root, "distributional", "alone", *settings, shards="repaired")
+    assert np.flatnonzero(np.isnan(read_labels(shard_set, "alone")[1].value)).tolist() == [lost]
+    lines = []
+    run(root, "distributional", "alone", *settings, shards="repaired", lines=lines)
+    assert lines == []
+    tar.write_bytes(whole)
+    run(root, "distributional", "alone", *settings, shards="repaired", lines=lines)
+    assert [line for line in lines if line.startswith("values")] == ["values  auto-000001.tar  1/1"]
+    check_same_bytes(files_of(shards, "alone"), alone)
+
+
+def test_two_jobs_on_one_tag_are_kept_apart(root, alone):
+    shards = copy_of_shards(root, "locked")
+    with exclusive(labels_folder(shards, "alone").with_name(".alone.lock"), "--tag alone", print):
+        with pytest.raises(UsageError, match=rf"--tag alone: another process works on it \(host .*{os.getpid()}\)"):
+            run(root, "distributional", "alone", shards="locked")
+        assert not values_folder(shards, "alone").exists()
+        run(root, "distributional", "other", shards="locked")
+    lock = exclusive(labels_folder(shards, "new").with_name(".new.lock"), "--new-tag new", print)
+    with lock, pytest.raises(UsageError, match="--new-tag new: another process works on it"):
+        rethreshold(shards, "other", "new", [])
+    rethreshold(shards, "other", "new", [])

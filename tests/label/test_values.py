@@ -6,9 +6,10 @@ import torch
 
 from recap_ds.batch import TransitionBatch
 from recap_ds.data.assemble import Assembler
-from recap_ds.data.labels import open_values, read_values, values_path
 from recap_ds.data.shard_set import ShardSet
+from recap_ds.data.sidecars import sidecar_path
 from recap_ds.data.sweep import SweepBatches, SweepDataset
+from recap_ds.data.values import open_values, read_values
 from recap_ds.label.values import pending_shards, share_of_rank, write_shard_values
 from recap_ds.models.inference_value import PredictedValues
 from recap_ds.processing.normalize import Normalizer
@@ -68,13 +69,17 @@ def test_files_hold_what_the_model_said_of_each_sample(shard_set, dataset):
 
     record = made_record(shard_set, critic="iql")
     folder = open_values(shard_set.folder, "said", record)
-    assert pending_shards(shard_set, folder) == list(range(len(shard_set.manifest.shards)))
+
+    def pending() -> list[int]:
+        return pending_shards(dataset, shard_set, folder, record)
+
+    assert pending() == list(range(len(shard_set.manifest.shards)))
     lines: list[str] = []
-    for share in ([2, 0], [], pending_shards(shard_set, folder)[1:2]):
-        write_shard_values(dataset, shard_set, share, folder, predict, CONFIG, CPU, lines.append)
-    assert len(lines) == 3 and pending_shards(shard_set, folder)[0] == 3
-    rest = pending_shards(shard_set, folder)
-    write_shard_values(dataset, shard_set, rest, folder, predict, CONFIG, CPU, lines.append)
+    for share in ([2, 0], [], pending()[1:2]):
+        write_shard_values(dataset, shard_set, share, folder, record, predict, CONFIG, CPU, lines.append)
+    assert len(lines) == 3 and pending()[0] == 3
+    write_shard_values(dataset, shard_set, pending(), folder, record, predict, CONFIG, CPU, lines.append)
+    assert pending() == []
     stored = read_values(shard_set, "said")
     np.testing.assert_array_equal(stored.value, column_of(shard_set, lambda name, frame: 40 + frame))
     window = np.minimum(shard_set.table.num_valid, shard_set.manifest.td_horizon)
@@ -90,7 +95,8 @@ def test_a_shard_is_written_whole_or_not_at_all(shard_set, dataset):
             raise RuntimeError("the device is gone")
         return PredictedValues(grey(batch), None)
 
-    folder = open_values(shard_set.folder, "broken", made_record(shard_set))
+    record = made_record(shard_set)
+    folder = open_values(shard_set.folder, "broken", record)
     with pytest.raises(RuntimeError, match="gone"):
-        write_shard_values(dataset, shard_set, [0], folder, predict, CONFIG, CPU, print)
-    assert not values_path(folder, shard_set.manifest.shards[0].name).exists()
+        write_shard_values(dataset, shard_set, [0], folder, record, predict, CONFIG, CPU, print)
+    assert not sidecar_path(folder, shard_set.manifest.shards[0].name).exists()
