@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,12 @@ def run(arguments: Sequence[str], quickstart: Path) -> int:
 
         summary = train(start_session(plan))
         stop_runtime()
+    elif info.is_main and (ignored := plan.run.ignored_settings(config)):
+        print(
+            f"note: {plan.run.path} is finished and keeps the figures it was judged by: {', '.join(ignored)} changes "
+            "nothing; launch/evaluate.py judges a checkpoint by other evaluation.* settings",
+            file=sys.stderr,
+        )
     if info.is_main:
         print(json.dumps(summary, indent=1))
         print(f"next: {next_command(config, plan.run.path)}")

@@ -35,7 +35,8 @@ def lock_folder(folder: Path) -> IO[str] | None:
 def exclusive(path: Path, what: str, report: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock at ``path``; UsageError, naming the holder, where another process works on ``what``.
 
-    Where the file system refuses locks that is reported, and the work goes on. The file stays: removing it would let two processes lock two files of one name.
+    Where the file system refuses locks that is reported, and the work goes on. The file stays: removing it would let
+    two processes lock two files of one name.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -117,6 +117,11 @@ class RunFolder:
         """The summary of a finished run; None while it is not."""
         return _read_json(self._summary) if self._summary.is_file() else None
 
+    def ignored_settings(self, config: PiStarRECAPConfig) -> list[str]:
+        """Keys of ``evaluation`` that differ from those this finished run was judged by: nothing asks them any more."""
+        old, new = (each.evaluation.model_dump() for each in (load_config(self.path / "config.yaml"), config))
+        return [f"evaluation.{key}" for key in changed_keys(old, new)]
+
     def finish(self, summary: dict) -> None:
         write_file(self._summary, _json(summary))
 

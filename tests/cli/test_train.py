@@ -125,8 +125,9 @@ def test_the_quickstart_runs_finishes_and_reports_damage(tmp_path):
     assert (run / "checkpoints" / "latest").is_symlink()
     assert list((run / "wandb").glob("offline-run-*")), "wandb is offline where there is no account"
 
-    again = launch([*command, *short], tmp_path)
+    again = launch([*command, *short, "evaluation.batch_size=7"], tmp_path)
     assert again.returncode == 0 and '"step": 12' in again.stdout
+    assert "evaluation.batch_size changes nothing; launch/evaluate.py judges" in again.stderr
     assert "step  4/12" not in again.stderr + again.stdout, "a finished run is not trained again"
 
     for tar in (tmp_path / "data" / "quickstart").glob("*.tar"):

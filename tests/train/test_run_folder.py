@@ -36,6 +36,13 @@ def test_a_new_folder_may_be_anything(tmp_path):
     assert not list(tmp_path.iterdir()), "checking writes nothing"
 
 
+def test_settings_that_a_finished_run_no_longer_asks_for_are_named(start):
+    other = start(evaluation={"batch_size": 4, "gate": "mae"}, logging={"wandb": "disabled"})
+    assert RunFolder(other).ignored_settings(other) == ["evaluation.batch_size", "evaluation.gate"]
+    same = start()
+    assert RunFolder(same).ignored_settings(same) == []
+
+
 def test_the_same_settings_continue(start):
     check_run(start())
 
