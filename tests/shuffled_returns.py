@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from recap_ds.data.index import parse_record
+from recap_ds.data.index import SampleRecord, parse_record
 from recap_ds.data.manifest import MANIFEST_NAME, Manifest
 from recap_ds.data.rebuild import rebuild
 from recap_ds.data.shard_set import ShardSet
-from recap_ds.data.tar import TarWriter
+from recap_ds.data.tar import TarWriter, npy_array, npy_bytes
 
 # What stays with the frame: where it is and what it earns. Everything else is what it shows.
 KEPT = ("json", "rewards.npy")
@@ -40,7 +40,7 @@ def write_shuffled(source: str | Path, out: str | Path, seed: int = 0) -> Manife
                 # The key is as good as another: whoever reads the shards knows samples by episode and frame.
                 key = f"{sample:09d}"
                 record = parse_record(entry.name, key, own["json"])
-                members = _contents(other, record.needs_next)
+                members = _contents(other, record)
                 tar.add(key, record, members | {name: own[name] for name in KEPT[1:] if name in own})
             tar.finish()
     shards.close()
@@ -56,10 +56,13 @@ def shuffle_within(group: np.ndarray, seed: int) -> np.ndarray:
     return shown
 
 
-def _contents(members: dict[str, bytes], needs_next: bool) -> dict[str, bytes]:
+def _contents(members: dict[str, bytes], record: SampleRecord) -> dict[str, bytes]:
     """What a frame shows; with a next observation where its place needs one, its own where it has none to lend."""
     now = {name: data for name, data in members.items() if name not in KEPT and not _is_next(name)}
-    if not needs_next:
+    actions = npy_array(now["actions.npy"]).copy()
+    actions[record.num_valid :] = 0.0
+    now["actions.npy"] = npy_bytes(actions)
+    if not record.needs_next:
         return now
     return now | {_next_name(name): members.get(_next_name(name), now[name]) for name in now if name != "actions.npy"}
 
