@@ -28,6 +28,7 @@ environment_files() {
 # DeepSpeed's launcher dies of a blank line or a comment in such a file; pdsh and the shell over there change the rest.
 check_environment_files() {
   local file line number
+  [[ -z ${DS_ENV_FILE:-} || -n $(environment_files) ]] || fail "DS_ENV_FILE: there is no file '$DS_ENV_FILE'"
   while IFS= read -r file; do
     number=0
     while IFS= read -r line || [[ -n $line ]]; do

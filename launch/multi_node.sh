@@ -26,10 +26,13 @@ set -euo pipefail
 HOSTFILE=${HOSTFILE:-launch/hostfile}
 [[ -f $HOSTFILE ]] || fail "there is no hostfile '$HOSTFILE'; write one like launch/hostfile.example, or set HOSTFILE"
 command -v deepspeed >/dev/null || fail "there is no 'deepspeed' on the PATH; activate the environment recap_ds is in"
-first_host=$(awk '!/^[[:space:]]*(#|$)/ {print $1; exit}' "$HOSTFILE")
-[[ -n $first_host ]] || fail "$HOSTFILE names no machine; write lines like 'node-0 slots=8'"
+mapfile -t hosts < <(awk '!/^[[:space:]]*(#|$)/ {print $1}' "$HOSTFILE")
+((${#hosts[@]})) || fail "$HOSTFILE names no machine; write lines like 'node-0 slots=8'"
+first_host=${hosts[0]}
 
 if [[ -n ${NODE_RANK:-} ]]; then
+  [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ && $NODE_RANK -lt ${#hosts[@]} ]] ||
+    fail "NODE_RANK=$NODE_RANK: the ${#hosts[@]} machine(s) of $HOSTFILE count from 0"
   export_environment_files
   exec deepspeed --hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" \
     --master_addr "${MASTER_ADDR:-$first_host}" --master_port "${MASTER_PORT:-29500}" "$@"

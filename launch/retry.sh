@@ -14,6 +14,7 @@ set -euo pipefail
 
 (($#)) || { echo "error: name the command, as in: $0 launch/single_node.sh launch/train.py ..." >&2; exit 2; }
 tries_left=${RETRIES:-3}
+[[ $tries_left =~ ^(0|[1-9][0-9]*)$ ]] || { echo "error: RETRIES=$tries_left is not a whole number" >&2; exit 2; }
 while true; do
   code=0
   "$@" || code=$?

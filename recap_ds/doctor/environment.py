@@ -27,13 +27,15 @@ def environment_variables(files: list[Path]) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def environment_finding(files: list[Path]) -> Finding:
+def environment_finding(files: list[Path], environ: Mapping[str, str] = os.environ) -> Finding:
     for path in files:
         for number, line in enumerate(_lines(path), start=1):
             if not _LINE.fullmatch(line):
                 mend = "write NAME=value alone: no blank lines, comments, quotes, Windows line ends, %, $, ` or \\"
                 return fail("environment", f"{path}, line {number}: {line!r} ends or changes in the launcher", mend)
     if not files:
+        if name := environ.get("DS_ENV_FILE"):
+            return fail("environment", f"DS_ENV_FILE names {name}, which is not there", "correct the path, or unset it")
         return ok("environment", "no .deepspeed_env")
     names = ", ".join(environment_variables(files)) or "nothing"
     return ok("environment", f"{', '.join(map(str, files))} set(s) {names}")

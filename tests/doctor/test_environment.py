@@ -20,7 +20,7 @@ def files(tmp_path, monkeypatch) -> list[Path]:
 
 
 def test_the_working_folder_s_lines_win(files):
-    assert environment_files({}) == [] and environment_finding([]).level == "ok"
+    assert environment_files({}) == [] and environment_finding([], {}).level == "ok"
     files[0].write_text("A=1\nB=1\n")
     files[1].write_text("B=2=2 x")
     assert environment_files({}) == files
@@ -34,6 +34,7 @@ def test_another_name_may_be_relative_or_one_absolute_file(files):
     assert environment_files({"DS_ENV_FILE": "cluster.env"}) == [place]
     assert environment_files({"DS_ENV_FILE": str(place)}) == [place]
     assert environment_finding([place]).level == "ok"
+    assert environment_finding([], {"DS_ENV_FILE": "absent"}).level == "fail"
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,18 @@ def test_wrong_host_files_and_folders_are_named(programs, tmp_path):
     assert "does not survive pdsh" in refusal(call(programs, MULTI, "p.py", HOSTFILE=away, cwd=spaced))
 
 
+@pytest.mark.parametrize("rank", ["2", "-1", "one", "01"])
+def test_a_node_s_number_is_one_of_the_hostfile(programs, tmp_path, rank):
+    told = refusal(call(programs, MULTI, "p.py", HOSTFILE=hostfile(tmp_path), NODE_RANK=rank))
+    assert f"NODE_RANK={rank}: the 2 machine(s)" in told
+
+
+def test_settings_that_mean_nothing_are_refused(programs, tmp_path):
+    absent = refusal(call(programs, MULTI, "p.py", HOSTFILE=hostfile(tmp_path), DS_ENV_FILE="absent"))
+    assert "DS_ENV_FILE: there is no file 'absent'" in absent
+    assert "RETRIES=many is not a whole number" in refusal(call(programs, RETRY, "true", RETRIES="many"))
+
+
 @pytest.mark.parametrize("missing", ["deepspeed", "pdsh"])
 def test_missing_programs_are_named(programs, tmp_path, missing):
     (programs / missing).unlink()
