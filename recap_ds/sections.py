@@ -223,6 +223,9 @@ class CheckpointConfig(Section):
 
 class LoggingConfig(Section):
     every_steps: int = Field(10, ge=1)
+    # Matrix products per second of one device, for train/mfu. None goes by the device's name; a device that is not
+    # known (recap_ds/plan/hardware.py), a CPU among them, has no such figure.
+    peak_tflops: float | None = Field(None, gt=0)
     # auto: online where wandb has an account, else offline.
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     wandb_project: str = "recap_ds"

@@ -29,15 +29,17 @@ ALLOWED = {
     "envs": BASE | {"algo", "data"},
     "distributed": BASE,
     "checkpoint": BASE | {"distributed", "models", "processing"},
+    # Sizes of a recipe; training counts its operations by it.
+    "plan": BASE | {"algo", "models", "data", "distributed"},
     "evaluate": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint"},
     # It reads shards as evaluation does: as the critic was trained.
     "label": BASE | {"algo", "processing", "models", "data", "distributed", "checkpoint", "evaluate"},
-    "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate"},
+    "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "plan"},
     "iterate": BASE | {"models", "data", "checkpoint", "label", "train"},
     "doctor": BASE | {"models", "data", "distributed"},
     "cli": BASE
     | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"}
-    | {"iterate", "doctor"},
+    | {"iterate", "doctor", "plan"},
 }
 # The only modules, by the start of their name, that may import these. Pickle has no home.
 HOMES = {

@@ -167,6 +167,11 @@ def accelerator_is_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
+def accelerator_name(device: torch.device) -> str | None:
+    """The driver's name of a GPU; None of a CPU."""
+    return None if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+
+
 def allocated_memory_bytes() -> int:
     """Bytes of tensors on this rank's accelerator; on a CPU, the resident set of the process."""
     from deepspeed.accelerator import get_accelerator

@@ -13,6 +13,8 @@ from recap_ds.distributed.tiles import local_shard, local_span, write_local_shar
 class ShardedBuilder:
     """Builds for the engine that ``ds_config`` describes. Values written must be the same on every rank."""
 
+    holds_values = True
+
     def __init__(self, ds_config: dict[str, Any], device: torch.device):
         self._ds_config = ds_config
         self.device = device

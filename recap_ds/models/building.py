@@ -1,4 +1,4 @@
-"""How a model's parameters come to be: plainly here, sharded in ``distributed/build.py``.
+"""How a model's parameters come to be: plainly or as shapes alone here, sharded in ``distributed/build.py``.
 
 Under ZeRO-3 a child's weights are already partitioned when its parent's ``__init__`` goes on, so a parent that
 initialises or loads them does nothing, silently. Everything that sets a weight after its own module was built
@@ -6,7 +6,7 @@ therefore goes through ``Builder.write``.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 class Builder:
     """Plain PyTorch: whole parameters on one device."""
+
+    # False: parameters are shapes, and ``fill`` has nothing to put into them.
+    holds_values = True
 
     def context(self) -> AbstractContextManager:
         """Entered while modules are constructed."""
@@ -33,11 +36,36 @@ class Builder:
         return parameter.shape
 
 
+class MetaBuilder(Builder):
+    """Shapes and dtypes without memory, on torch's meta device: what a model would be, at any size."""
+
+    holds_values = False
+
+    def __init__(self, dtype: torch.dtype):
+        self._dtype = dtype
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+        try:
+            with torch.device("meta"):
+                yield
+        finally:
+            torch.set_default_dtype(before)
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        assert value.shape == parameter.shape, (value.shape, parameter.shape)
+
+
 def fill(module: nn.Module, values: Iterator[tuple[str, Tensor]], builder: Builder) -> None:
     """Write ``values`` into the parameters they name: every parameter exactly once, shapes equal.
 
-    Raises ValueError naming what is missing, unknown or of another shape; nothing is loaded "best case".
+    Raises ValueError naming what is missing, unknown or of another shape; nothing is loaded "best case". Values are
+    not even read for a builder that holds none.
     """
+    if not builder.holds_values:
+        return
     parameters = dict(module.named_parameters())
     missing = set(parameters)
     for name, value in values:

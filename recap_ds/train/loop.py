@@ -24,6 +24,7 @@ from recap_ds.train.run_folder import RunFolder
 from recap_ds.train.session import Session
 from recap_ds.train.step import StepResult, record_skipped, take_step
 from recap_ds.train.timing import StepTimes
+from recap_ds.train.utilisation import Utilisation
 
 # Damage is judged over at least this many samples, so that one early hit does not end a long run.
 MIN_SAMPLES_FOR_DAMAGE = 1000
@@ -73,7 +74,7 @@ def take_steps(
     # A line at every save, so that what a checkpoint forgets is on paper and a resumed run's lines are the same.
     log_every = (config.logging.every_steps, config.checkpoint.save_every_steps, config.evaluation.every_steps)
     metrics = StepMetrics(config, plan.tasks, session.runtime.device)
-    times = StepTimes(session.runtime.device)
+    times, utilisation = StepTimes(session.runtime.device), Utilisation.of(session)
     batches = iter(build_loader(session, progress))
     flags = FlagExchange()
     evaluation: dict[str, float] = {}
@@ -97,7 +98,8 @@ def take_steps(
             figures = metrics.summarise(result.batch, result.output)
             progress.replaced_samples += int(figures["data/replaced_samples"])
             check_damage(session, progress)
-            logbook.write(progress.step, figures | step_figures(session, progress, result) | times.summarise())
+            figures |= step_figures(session, progress, result) | utilisation.add_to(times.summarise())
+            logbook.write(progress.step, figures)
         improved, gate_before = False, replace(progress.gate)
         if held_out.num_samples and (last_step or progress.step % config.evaluation.every_steps == 0):
             evaluation = held_out.run()

@@ -1,0 +1,48 @@
+"""Model FLOPs utilisation: the useful operations of a step over what the device could do in the time it took.
+
+Counted once, at start, on the meta device, from the forward and backward of the stage: what a frozen VLM or LoRA spares
+is not counted, and neither is recomputation, which is work but no progress.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from recap_ds.distributed.runtime import accelerator_name
+from recap_ds.models.vlm_weights import locate_vlm
+from recap_ds.plan.hardware import find_gpu
+from recap_ds.plan.measure import count_model_flops
+from recap_ds.train.session import Session
+
+STEP_TIME, NAME = "time/step_p50_seconds", "train/mfu"
+
+
+class Utilisation(NamedTuple):
+    flops: int  # of one rank in one optimizer step
+    peak_flops: float | None  # of its device, per second; None where that is not known
+
+    @classmethod
+    def of(cls, session: Session) -> "Utilisation":
+        """Of rank 0, which writes the metrics; the others have nothing to count."""
+        plan = session.plan
+        peak = peak_flops(plan.config.logging.peak_tflops, session.runtime.device, plan.precision.dtype)
+        if peak is None or not plan.info.is_main:
+            return cls(0, None)
+        folder = plan.start.vlm if plan.start else locate_vlm(plan.config.model)
+        num_cameras = len(plan.contract.cameras)
+        flops = count_model_flops(plan.config, plan.precision.dtype, folder and str(folder), num_cameras)
+        return cls(flops * plan.sizes.accumulation, peak)
+
+    def add_to(self, timings: dict[str, float]) -> dict[str, float]:
+        """``timings`` with the share of the peak that the median step reached, where the peak is known."""
+        if self.peak_flops is None:
+            return timings
+        return {**timings, NAME: self.flops / (timings[STEP_TIME] * self.peak_flops)}
+
+
+def peak_flops(given_tflops: float | None, device: torch.device, dtype: torch.dtype) -> float | None:
+    """Per second: as the configuration says, else by the device's name."""
+    if given_tflops is not None:
+        return given_tflops * 1e12
+    gpu = find_gpu(accelerator_name(device) or "")
+    return gpu and gpu.peak_flops(dtype == torch.bfloat16)
