@@ -1,6 +1,5 @@
-"""What to change where a recipe does not fit: the first of a list of changes, each on top of those before it."""
+"""What to change where a recipe does not fit: one change on top of another until it does."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from recap_ds.plan.estimate import Estimate, Setting, estimate
@@ -30,31 +29,34 @@ def find_mend(
     sizer: Sizer, setting: Setting, gpu: Gpu, gpus_per_node: int, memory_gib: float
 ) -> tuple[list[str], Estimate] | None:
     """The changes that make it fit, and what then comes of it; None where none of them is enough."""
-    texts: list[str] = []
-    for variant in _mends(setting):
-        texts.append(variant.text)
-        result = estimate(sizer, variant.setting, gpu, gpus_per_node)
-        if result.fits(memory_gib):
-            # Only the last word on the batch size counts.
-            return [text for text in texts if text == texts[-1] or "batch_size" not in text], result
-    return None
+    texts: dict[str, str] = {}  # a later batch size stands in place of an earlier one
+    asked = setting
+    result = estimate(sizer, setting, gpu, gpus_per_node)
+    while not result.fits(memory_gib):
+        variant = _next_mend(setting, result.memory.fullest)
+        if variant is None:
+            return None
+        if _has_offload(variant.setting.ds) and not _has_offload(setting.ds):
+            # It frees so much that the smaller changes may not be needed at all.
+            variant, texts = _offload(asked, True), {}
+        setting = variant.setting
+        texts[variant.text.partition("=")[0]] = variant.text
+        result = estimate(sizer, setting, gpu, gpus_per_node)
+    return list(texts.values()), result
 
 
-def _mends(setting: Setting) -> Iterator[Variant]:
-    """From what costs least to what costs most."""
+def _next_mend(setting: Setting, fullest: str) -> Variant | None:
+    """What costs least of that which helps at the moment that holds most."""
+    config = setting.config
     if _hpz_size(setting.ds) > 1:
-        yield (variant := _hpz(setting, 1))
-        setting = variant.setting
-    if not setting.config.training.activation_checkpointing:
-        yield (variant := _checkpointing(setting, True))
-        setting = variant.setting
-    micro = setting.config.training.batch_size
-    while micro > 1 and micro % 2 == 0:
-        micro //= 2
-        yield (variant := _smaller_batch(setting, micro))
-    setting = variant.setting if micro < setting.config.training.batch_size else setting
-    if not _has_offload(setting.ds):
-        yield _offload(setting, True)
+        return _hpz(setting, 1)
+    if fullest == "backward" and not config.training.activation_checkpointing:
+        return _checkpointing(setting, True)
+    if fullest == "backward" and config.training.batch_size % 2 == 0:
+        return _smaller_batch(setting, config.training.batch_size // 2)
+    if fullest == "evaluation" and config.evaluation.batch_size > 1:
+        return _smaller_evaluation(setting, config.evaluation.batch_size // 2)
+    return None if _has_offload(setting.ds) else _offload(setting, True)
 
 
 def _checkpointing(setting: Setting, on: bool) -> Variant:
@@ -73,6 +75,12 @@ def _smaller_batch(setting: Setting, micro: int) -> Variant:
         )
         text += f" training.gradient_accumulation_steps={values['gradient_accumulation_steps']}"
     return Variant(text, setting._replace(config=with_training(setting.config, **values)))
+
+
+def _smaller_evaluation(setting: Setting, batch_size: int) -> Variant:
+    evaluation = setting.config.evaluation.model_copy(update={"batch_size": batch_size})
+    config = setting.config.model_copy(update={"evaluation": evaluation})
+    return Variant(f"evaluation.batch_size={batch_size}", setting._replace(config=config))
 
 
 def _offload(setting: Setting, on: bool) -> Variant:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from recap_ds.config import ModelConfig
 from recap_ds.errors import UsageError
 from recap_ds.models.published import IMAGE_SIZES, published_config
-from recap_ds.models.vlm_weights import load_vlm_config, locate_vlm
+from recap_ds.models.vlm_weights import locate_vlm
 
 
 class Architecture(NamedTuple):
@@ -38,9 +38,11 @@ def vlm_architecture(model: ModelConfig) -> Iterator[Architecture]:
             f"model.vlm_model_name: '{name}' is no folder, not in the hub's cache and not one of those whose sizes are "
             f"known here ({', '.join(IMAGE_SIZES)}); download its config.json and name the folder"
         )
+    size = IMAGE_SIZES[name]
+    if model.image_size != size:
+        raise UsageError(f"model.image_size: {model.image_size}, but {name} sees {size} px; set it to that")
     with tempfile.TemporaryDirectory() as folder:
         published.save_pretrained(folder)
-        load_vlm_config(Path(folder), model.image_size)  # complains of the image size under the model's own name
         yield Architecture(folder, f"{name}, numbers as published: its config.json is not on this machine")
 
 

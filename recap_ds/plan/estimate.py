@@ -115,7 +115,7 @@ def _memory(
     }
     if config.data.held_out_fraction > 0:
         replaced = 0 if config.training.ema_decay is None else engine.trainable_weights
-        moments["evaluation"] = bucket + held + replaced + sizer.measure_evaluation()
+        moments["evaluation"] = bucket + held + replaced + sizer.measure_evaluation(config.evaluation.batch_size)
     return Memory(
         weights=engine.weights + engine.secondary,
         gradients=engine.gradients,

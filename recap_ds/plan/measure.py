@@ -57,9 +57,9 @@ def count_model_flops(config: PiStarRECAPConfig, dtype: torch.dtype, vlm_folder:
     return measure_on_meta(policy, num_cameras).flops
 
 
-def measure_evaluation_on_meta(policy: PiStarRECAPPolicy, num_cameras: int) -> int:
+def measure_evaluation_on_meta(policy: PiStarRECAPPolicy, batch_size: int, num_cameras: int) -> int:
     """Bytes alive at once in the held-out evaluation of one batch, parameters apart."""
-    batch = blank_batch(policy.config, policy.config.evaluation.batch_size, num_cameras)
+    batch = blank_batch(policy.config, batch_size, num_cameras)
     meter = StepMeter(outside=policy.parameters())
     map_tensors(meter.add, batch)
     with fused_attention(), meter:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from recap_ds.plan.sizing import Sizer
 
 WORLDS = (1, 8, 16, 32)
 ASSUMED_CAMERAS = 2
+LINE_LENGTH = 120  # of prose; tables are wider
 COLUMNS = ("weights", "grads", "optimizer", "averages", "buckets", "gathered", "activations", "reserve")
 
 
@@ -60,6 +62,8 @@ def plan_lines(config: PiStarRECAPConfig, ds_path: str | Path, cluster: Cluster)
 
 def count_cameras(config: PiStarRECAPConfig) -> tuple[int, str]:
     """How many images an observation has, and who says so."""
+    if config.data.cameras == ():
+        raise UsageError("data.cameras: must name at least one camera")
     if config.data.cameras is not None:
         return len(config.data.cameras), "data.cameras"
     if config.data.shards is not None and Path(config.data.shards).is_dir():
@@ -76,7 +80,7 @@ def _parameters(sizer: Sizer) -> Iterator[str]:
 
 def _table(sizer: Sizer, setting: Setting, cluster: Cluster) -> Iterator[str]:
     head = "".join(f"{name:>12}" for name in COLUMNS)
-    yield f"{'GPUs':>4}  {'batch':<18}{head}{'total':>8}  at          fits  {'step':>12} {'MFU':>9}"
+    yield f"{'GPUs':>4}  {'batch':<18}{head}{'total':>8}  {'at':<10}  fits  {'step':>12} {'MFU':>9}"
     notes: list[str] = []
     for world in sorted({*WORLDS, cluster.num_gpus}):
         row = setting._replace(world=world)
@@ -137,11 +141,12 @@ def _memory(result: Estimate) -> str:
 
 def _time(result: Estimate) -> str:
     seconds, share = result.step_seconds, result.model_flops_utilisation
-    return f"{_span(seconds, 1) + ' s':>12} {_span(Range(100 * share.low, 100 * share.high), 0) + ' %':>9}"
+    return f"{_span(seconds) + ' s':>12} {_span(Range(100 * share.low, 100 * share.high)) + ' %':>9}"
 
 
-def _span(values: Range, digits: int) -> str:
-    return f"{values.low:.{digits}f}-{values.high:.{digits}f}"
+def _span(values: Range) -> str:
+    """Two digits: an estimate has no more."""
+    return "-".join(f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in values)
 
 
 def _host(result: Estimate) -> str:
@@ -157,15 +162,17 @@ def _files(sizer: Sizer, config: PiStarRECAPConfig, dtype: torch.dtype) -> Itera
 
 def _assumptions(cluster: Cluster) -> Iterator[str]:
     gpu = cluster.gpu
-    yield (
+    yield from wrap(
         "Memory is counted, but for the reserve: "
         f"{RESERVED_GIB:g} GiB for context and NCCL, and {FRAGMENTATION:.0%} of buckets, gathered and activations. "
-        "The total is at the moment that holds most: backward, optimizer step or held-out evaluation."
+        "The total is at the moment that holds most: backward, optimizer step or held-out evaluation.",
+        LINE_LENGTH,
     )
-    yield (
+    yield from wrap(
         f"Step time and MFU are estimates: {COMPUTE_SHARE.low:.0%} to {COMPUTE_SHARE.high:.0%} of the stated "
         f"{gpu.bf16_tflops:g} TFLOP/s in bf16; {LINK_SHARE.low:.0%} to {LINK_SHARE.high:.0%} of "
         f"{gpu.node_gbytes:g} GB/s between GPUs of a node and {gpu.network_gbytes:g} GB/s between nodes of "
         f"{cluster.gpus_per_node}, from hidden behind compute to not at all; without reading data, and without the "
-        "host's share where the optimizer is there."
+        "host's share where the optimizer is there.",
+        LINE_LENGTH,
     )

@@ -25,7 +25,7 @@ class Sizer:
         self._config, self._dtype, self._vlm_folder = config, dtype, vlm_folder
         self._num_cameras = num_cameras
         self._measures: dict[tuple[int, bool, bool], StepMeasure] = {}
-        self._evaluation_bytes: int | None = None
+        self._evaluations: dict[int, int] = {}
         policy = self._build(config)
         self.parameters = _parameter_sizes(policy)
         self.vlm_is_random = policy.vlm.random_init or config.model.vlm_random_init
@@ -45,12 +45,12 @@ class Sizer:
             self._measures[key] = measure_on_meta(policy, self._num_cameras, sharded_linear() if sharded else None)
         return self._measures[key]
 
-    def measure_evaluation(self) -> int:
+    def measure_evaluation(self, batch_size: int) -> int:
         """Bytes alive at once in the held-out evaluation of a batch."""
-        if self._evaluation_bytes is None:
+        if batch_size not in self._evaluations:
             policy = self._build(self._config)
-            self._evaluation_bytes = measure_evaluation_on_meta(policy, self._num_cameras)
-        return self._evaluation_bytes
+            self._evaluations[batch_size] = measure_evaluation_on_meta(policy, batch_size, self._num_cameras)
+        return self._evaluations[batch_size]
 
     def _build(self, config: PiStarRECAPConfig) -> PiStarRECAPPolicy:
         return build_on_meta(config, self._dtype, self._vlm_folder)
