@@ -25,9 +25,10 @@ class Utilisation(NamedTuple):
     def of(cls, session: Session) -> "Utilisation":
         """Of rank 0, which writes the metrics; the others have nothing to count."""
         plan = session.plan
-        peak = peak_flops(plan.config.logging.peak_tflops, session.runtime.device, plan.precision.dtype)
-        if peak is None or not plan.info.is_main:
+        given, gpu = plan.config.logging.peak_tflops, find_gpu(accelerator_name(session.runtime.device) or "")
+        if (given is None and gpu is None) or not plan.info.is_main:
             return cls(0, None)
+        peak = given * 1e12 if given is not None else gpu.peak_flops(plan.precision.dtype == torch.bfloat16)
         folder = plan.start.vlm if plan.start else locate_vlm(plan.config.model)
         num_cameras = len(plan.contract.cameras)
         flops = count_model_flops(plan.config, plan.precision.dtype, folder and str(folder), num_cameras)
@@ -38,11 +39,3 @@ class Utilisation(NamedTuple):
         if self.peak_flops is None:
             return timings
         return {**timings, NAME: self.flops / (timings[STEP_TIME] * self.peak_flops)}
-
-
-def peak_flops(given_tflops: float | None, device: torch.device, dtype: torch.dtype) -> float | None:
-    """Per second: as the configuration says, else by the device's name."""
-    if given_tflops is not None:
-        return given_tflops * 1e12
-    gpu = find_gpu(accelerator_name(device) or "")
-    return gpu and gpu.peak_flops(dtype == torch.bfloat16)
