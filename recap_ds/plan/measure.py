@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
 
 from recap_ds.algo.advantage import AdvantageScale
 from recap_ds.batch import TransitionBatch, map_tensors
@@ -106,9 +107,10 @@ def _watch_visits(policy: nn.Module) -> Iterator[list[tuple[int, ...]]]:
     places = {parameter: place for place, parameter in enumerate(policy.parameters())}
     handles = []
 
-    def watch_backward(output: Tensor, owned: tuple[int, ...]) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda _: visits.append(owned))
+    def watch_backward(output: object, owned: tuple[int, ...]) -> None:
+        differentiable = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if differentiable:
+            differentiable[0].register_hook(lambda _: visits.append(owned))
 
     for module in policy.modules():
         owned = tuple(places[parameter] for parameter in module.parameters(recurse=False))

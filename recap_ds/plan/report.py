@@ -37,7 +37,7 @@ def plan_lines(config: PiStarRECAPConfig, ds_path: str | Path, cluster: Cluster)
     # Precision does not depend on how many ranks there are; one of the smallest batch is enough to ask.
     _, precision = resolve_ds_config(ds, config, BatchSizes(micro=1, accumulation=1, world=1), on_cpu=False)
     num_cameras, cameras = count_cameras(config)
-    with vlm_architecture(config.model) as architecture:
+    with vlm_architecture(config) as architecture:
         sizer = Sizer(config, precision.dtype, architecture.folder, num_cameras)
         setting = Setting(config, ds, cluster.num_gpus)
         chosen = estimate(sizer, setting, cluster.gpu, cluster.gpus_per_node)

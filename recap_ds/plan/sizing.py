@@ -28,7 +28,7 @@ class Sizer:
         self._evaluations: dict[int, int] = {}
         policy = self._build(config)
         self.parameters = _parameter_sizes(policy)
-        self.vlm_is_random = policy.vlm.random_init or config.model.vlm_random_init
+        self.vlm_is_random = policy.vlm.random_init or config.vlm_source.random_init
         self.parts = [
             PartSize(
                 name, *(sum(p.numel() for p in child.parameters() if p.requires_grad is kind) for kind in (True, False))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from recap_ds.config import ModelConfig, PiStarRECAPConfig
+from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.models.vlm import tiny_config
 from recap_ds.plan.architecture import vlm_architecture
@@ -24,7 +24,7 @@ def no_hub(monkeypatch, tmp_path):
 
 
 def test_the_published_numbers_give_the_published_size():
-    with vlm_architecture(ModelConfig(vlm_model_name=PALIGEMMA)) as architecture:
+    with vlm_architecture(PiStarRECAPConfig()) as architecture:
         assert "as published" in architecture.source
         policy = build_on_meta(PiStarRECAPConfig(), torch.bfloat16, architecture.folder)
     assert sum(p.numel() for p in policy.vlm.parameters()) == 2_923_466_480
@@ -34,7 +34,7 @@ def test_the_published_numbers_give_the_published_size():
 
 def test_adapters_are_sizes_too():
     config = PiStarRECAPConfig(lora={"enabled": True, "rank": 16})
-    with vlm_architecture(config.model) as architecture:
+    with vlm_architecture(config) as architecture:
         policy = build_on_meta(config, torch.bfloat16, architecture.folder)
     # Of every layer: q, o 2048x2048; k, v 2048x256; gate, up, down 2048x16384; each rank x (in + out).
     per_layer = 16 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 16384))
@@ -42,14 +42,14 @@ def test_adapters_are_sizes_too():
 
 
 def test_the_tiny_vlm_needs_no_folder():
-    with vlm_architecture(ModelConfig(vlm_model_name="tiny")) as architecture:
+    with vlm_architecture(PiStarRECAPConfig(model={"vlm_model_name": "tiny"})) as architecture:
         assert architecture == (None, "the tiny preset")
 
 
 def test_a_folder_is_believed(tmp_path):
     tiny_config(64).save_pretrained(tmp_path)
-    with vlm_architecture(ModelConfig(vlm_model_name=str(tmp_path), image_size=64)) as architecture:
-        config = PiStarRECAPConfig(model={"vlm_model_name": str(tmp_path), "image_size": 64})
+    config = PiStarRECAPConfig(model={"vlm_model_name": str(tmp_path), "image_size": 64})
+    with vlm_architecture(config) as architecture:
         policy = build_on_meta(config, torch.bfloat16, architecture.folder)
     assert policy.vlm.width == 128
     assert architecture.source == f"{tmp_path}/config.json"
@@ -63,8 +63,8 @@ def test_the_hubs_cache_is_read(tmp_path):
     snapshot = repository / "snapshots" / commit
     tiny_config(64).save_pretrained(snapshot)
     assert json.loads((snapshot / "config.json").read_text())["model_type"] == "paligemma"
-    model = ModelConfig(vlm_model_name="someone/their-paligemma", image_size=64)
-    with vlm_architecture(model) as architecture:
+    config = PiStarRECAPConfig(model={"vlm_model_name": "someone/their-paligemma", "image_size": 64})
+    with vlm_architecture(config) as architecture:
         assert architecture == (str(snapshot), "someone/their-paligemma, as cached from the hub")
 
 
@@ -80,5 +80,5 @@ def test_the_hubs_cache_is_read(tmp_path):
     ],
 )
 def test_what_is_not_known_is_refused(model, message):
-    with pytest.raises(UsageError, match=message), vlm_architecture(ModelConfig(**model)):
+    with pytest.raises(UsageError, match=message), vlm_architecture(PiStarRECAPConfig(model=model)):
         pass

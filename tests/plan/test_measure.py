@@ -16,6 +16,7 @@ from recap_ds.plan.measure import (
     measure_step,
 )
 from recap_ds.plan.meter import SavedTensors, StepMeter, fused_attention
+from tests.models.test_own_backbone import CONFIGS, build, own_config, save
 from tests.models.tiny_policy import FROZEN, FULL, LORA, READY
 from tests.tiny import random_batch, tiny_config
 
@@ -54,6 +55,13 @@ def test_other_stages_are_measured_too(stage, sections):
     config = step_config({**FULL, **sections}, False, stage=stage)
     planned = measure_on_meta(build_on_meta(config, torch.float32, None), NUM_CAMERAS)
     assert 0 < planned.saved_bytes < planned.peak_bytes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_critics_own_vlm_is_measured_too(name, tmp_path):
+    config = own_config(save(build(name), tmp_path / name))
+    policy = build_on_meta(config, torch.bfloat16, config.value.vlm_model_name)
+    assert measure_on_meta(policy, NUM_CAMERAS).flops > 0
 
 
 def test_checkpointing_trades_operations_for_memory():
