@@ -47,6 +47,7 @@ def blank_batch(config: PiStarRECAPConfig, batch_size: int, num_cameras: int) ->
         steps_to_end=of(whole),
         sample_valid=of(flag),
         replaced=of(flag),
+        image_lender=of(whole),
         slot=of(whole),
         noise=of(real, model.flow_samples, horizon, action_dim),
         time=of(real, model.flow_samples),
