@@ -22,12 +22,15 @@ setup(
         "numpy>=1.26,<3",
         "packaging>=23",
         "pyarrow>=17",
-        "pillow>=10",
+        "pillow>=10.1",
         "tqdm>=4.66",
     ],
     extras_require={
         # Reading LeRobot data sets: AV1 video.
         "lerobot": ["av>=14"],
+        # Simulators, and av for the films of their episodes. MuJoCo draws through EGL or OSMesa: see README.
+        "metaworld": ["metaworld>=3,<4", "av>=14"],
+        "pusht": ["gym-pusht>=0.1.6,<0.2", "av>=14"],
         "test": ["pytest>=8", "pytest-xdist>=3.6,<4", "ruff>=0.15,<0.18", "av>=14"],
     },
     entry_points={"console_scripts": ["recap-ds = recap_ds.cli.main:main"]},

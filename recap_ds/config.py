@@ -10,7 +10,9 @@ from recap_ds.errors import UsageError
 from recap_ds.sections import (
     SOURCES,
     CheckpointConfig,
+    CollectConfig,
     DataConfig,
+    EnvConfig,
     EvaluationConfig,
     IQLConfig,
     LabelConfig,
@@ -30,7 +32,10 @@ __all__ = [
     "SOURCES",
     "BatchSizes",
     "CheckpointConfig",
+    "CollectConfig",
     "DataConfig",
+    "EnvConfig",
+    "EvaluationConfig",
     "LoggingConfig",
     "LoraConfig",
     "ModelConfig",
@@ -65,6 +70,7 @@ class PiStarRECAPConfig(Section):
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     label: LabelConfig = Field(default_factory=LabelConfig)
+    env: EnvConfig = Field(default_factory=EnvConfig)
 
     @model_validator(mode="after")
     def _rules_between_sections(self):

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ValidationError
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 
+# Tables whose keys are the user's own.
+_OPEN_KEYS = ("data.mixture.", "value.max_length.", "env.cameras.", "env.prompts.", "env.options.")
+
 
 def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> PiStarRECAPConfig:
     """Defaults < ``recipe`` < ``overrides``. Raises UsageError naming the key, its place and the mend."""
@@ -109,7 +112,7 @@ def _apply_override(values: dict, text: str) -> None:
     key, separator, raw = text.partition("=")
     if not separator:
         raise UsageError(f"'{text}': an override is written section.key=value")
-    if key not in _known_keys() and not key.startswith(("data.mixture.", "value.max_length.")):
+    if key not in _known_keys() and not key.startswith(_OPEN_KEYS):
         raise UsageError(f"the command line: unknown key '{key}'; {_hint(key)}")
     try:
         value = yaml.safe_load(raw)
@@ -117,9 +120,10 @@ def _apply_override(values: dict, text: str) -> None:
         raise UsageError(f"'{text}': the value is not valid YAML; quote it") from None
     *path, leaf = key.split(".", 2)
     for name in path:
-        values = values.setdefault(name, {})
-        if values is None:
-            raise UsageError(f"'{text}': '{name}' is null in the recipe")
+        # A table that stands there as null (data.mixture, env.cameras) begins with this key.
+        if values.get(name) is None:
+            values[name] = {}
+        values = values[name]
     values[leaf] = value
 
 

@@ -26,12 +26,13 @@ ALLOWED = {
     "algo": {"config", "batch", "errors"},
     "models": BASE | {"algo", "processing"},
     "data": BASE | {"algo", "processing"},
-    "envs": BASE | {"algo", "data"},
+    "envs": BASE | {"algo", "data", "processing"},
     "distributed": BASE,
     "checkpoint": BASE | {"distributed", "models", "processing"},
     # Sizes of a recipe; training counts its operations by it.
     "plan": BASE | {"algo", "models", "data", "distributed"},
-    "evaluate": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint"},
+    "rollout": BASE | {"processing", "models", "data", "envs"},
+    "evaluate": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "rollout"},
     # It reads shards as evaluation does: as the critic was trained.
     "label": BASE | {"algo", "processing", "models", "data", "distributed", "checkpoint", "evaluate"},
     "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "plan"},
@@ -47,7 +48,11 @@ HOMES = {
     "webdataset": ("recap_ds.data.",),
     "wandb": ("recap_ds.train.logbook",),
     "pyarrow": ("recap_ds.data.",),
-    "av": ("recap_ds.data.lerobot.",),
+    "av": ("recap_ds.data.lerobot.", "recap_ds.evaluate.video"),
+    "mujoco": ("recap_ds.envs.metaworld",),
+    "metaworld": ("recap_ds.envs.metaworld",),
+    "gym_pusht": ("recap_ds.envs.pusht",),
+    "gymnasium": ("recap_ds.envs.gymnasium",),
     "pickle": (),
 }
 HEAVY = (

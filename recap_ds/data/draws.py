@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     EVALUATION_NOISE = 9  # place: sample identity
     BASELINE_CHOICE = 10
     IMAGE_LENDER = 11  # place: task
+    ROLLOUT_NOISE = 12  # place: episode, frame
 
 
 class SampleDraws(NamedTuple):

@@ -96,6 +96,19 @@ class Runtime:
         torch.distributed.broadcast(data, src=0)
         return json.loads(data.cpu().numpy().tobytes())
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's ``value`` on every rank, in rank order, through JSON. Collective: every rank must call."""
+        if self.info.world == 1:
+            return [json.loads(json.dumps(value))]
+        text = json.dumps(value).encode()
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.info.world)]
+        torch.distributed.all_gather(sizes, torch.tensor([len(text)], dtype=torch.int64, device=self.device))
+        lengths = [int(size.item()) for size in sizes]
+        padded = torch.frombuffer(bytearray(text.ljust(max(lengths))), dtype=torch.uint8).to(self.device)
+        parts = [torch.empty_like(padded) for _ in lengths]
+        torch.distributed.all_gather(parts, padded)
+        return [json.loads(part[:size].cpu().numpy().tobytes()) for part, size in zip(parts, lengths, strict=True)]
+
 
 def start_runtime(info: RankInfo, timeout_seconds: float = 1800.0) -> Runtime:
     """Join the process group. Collective: every rank must call.

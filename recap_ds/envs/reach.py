@@ -78,29 +78,7 @@ def render(position: np.ndarray, scene: Scene, camera: str, size: int) -> np.nda
     return picture
 
 
-class ReachEnv:
-    """The task as an environment, with gymnasium's calls but without the package."""
-
-    def __init__(self, size: int = 64, cameras: tuple[str, ...] = ("top",), max_steps: int = MAX_STEPS) -> None:
-        assert set(cameras) <= set(CAMERAS), cameras
-        self.size = size
-        self.cameras = cameras
-        self.max_steps = max_steps
-
-    def reset(self, seed: int, task: str | None = None) -> dict[str, np.ndarray | str]:
-        self.scene = sample_scene(np.random.default_rng(seed), task)
-        self._position, self._velocity, self._num_steps = self.scene.start, np.zeros(2), 0
-        return self._observation()
-
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray | str], float, bool, bool, dict[str, bool]]:
-        """(observation, reward, terminated, truncated, info); the reward is RECAP's: -1 a frame, 0 on success."""
-        self._position, self._velocity = move(self._position, np.asarray(action, dtype=np.float64))
-        self._num_steps += 1
-        success = is_success(self._position, self.scene)
-        truncated = not success and self._num_steps >= self.max_steps
-        return self._observation(), 0.0 if success else -1.0, success, truncated, {"success": success}
-
-    def _observation(self) -> dict[str, np.ndarray | str]:
-        pictures = {camera: render(self._position, self.scene, camera, self.size) for camera in self.cameras}
-        state = np.concatenate([self._position, self._velocity]).astype(np.float32)
-        return {**pictures, "state": state, "prompt": PROMPTS[self.scene.task]}
+def expert_action(position: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Straight to the target, at full speed until it is one step away."""
+    direction = (target - position) / STEP
+    return direction / max(1.0, float(np.linalg.norm(direction)))

@@ -18,7 +18,7 @@ from recap_ds.config import SOURCES, SourceName
 from recap_ds.data.episodes import Episode
 from recap_ds.data.manifest import Manifest
 from recap_ds.data.writer import Progress, write_shards
-from recap_ds.envs.reach import FPS, MAX_STEPS, PROMPTS, STEP, Scene, is_success, move, render, sample_scene
+from recap_ds.envs.reach import FPS, MAX_STEPS, PROMPTS, Scene, expert_action, is_success, move, render, sample_scene
 
 DATASET = "reach"
 _EXPERT_NOISE, _POLICY_NOISE = 0.1, 0.35
@@ -106,12 +106,6 @@ def write_reach_shards(
         progress=progress,
     )
     return report.manifest
-
-
-def expert_action(position: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Straight to the target, at full speed until it is one step away."""
-    direction = (target - position) / STEP
-    return direction / max(1.0, float(np.linalg.norm(direction)))
 
 
 def _roll_out(kind: SourceName, scene: Scene, generator: np.random.Generator) -> _Trajectory:

@@ -96,8 +96,20 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"--out {path}: cannot be written ({error.strerror})") from None
 
 
-def write_results(path: Path, checkpoint: str, shards: str, evaluation: dict[str, Any]) -> None:
-    results = {"checkpoint": checkpoint, "dataset_path": shards, "dataset_evaluation": _finite_or_none(evaluation)}
+def write_results(
+    path: Path,
+    checkpoint: str,
+    shards: str | None,
+    evaluation: dict[str, Any] | None,
+    rollouts: dict[str, Any] | None = None,
+) -> None:
+    """None where the call was not asked for that part."""
+    results = {
+        "checkpoint": checkpoint,
+        "dataset_path": shards,
+        "dataset_evaluation": _finite_or_none(evaluation),
+        "rollouts": _finite_or_none(rollouts),
+    }
     path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -1,9 +1,8 @@
 """A trained policy with a robot's own units on both sides: images, state and prompt in, actions out.
 
-An observation is a dict: ``observation/<camera>`` uint8 [height, width, 3] for every camera of the contract,
-``observation/state`` [S] and ``prompt`` - the keys a policy server is sent.
+What an observation is stands in ``observation.py``.
 
-    H chunk   S, A state and action dims of the robot
+    H chunk   A action dims of the robot
 """
 
 import math
@@ -15,15 +14,15 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from recap_ds.batch import Observation
+from recap_ds.batch import map_tensors
 from recap_ds.errors import UsageError
+from recap_ds.models.observation import ObservationEncoder
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.pretrained import load_pretrained
 from recap_ds.models.sampling import AdvantageLevel, AdvantageName
 from recap_ds.processing.contract import RobotContract
-from recap_ds.processing.images import resize_with_padding
 from recap_ds.processing.normalize import Normalizer
-from recap_ds.processing.tokens import Tokenizer, encode_prompts
+from recap_ds.processing.tokens import Tokenizer
 
 
 class RobotPolicy:
@@ -34,7 +33,7 @@ class RobotPolicy:
     ):
         self.contract = contract
         self._policy = policy.to(device).eval()
-        self._tokenizer = tokenizer
+        self._encoder = ObservationEncoder(policy.config, contract, tokenizer)
         self._normalizer = Normalizer.from_dict(contract.normalizer)
         self._device = torch.device(device)
         self._action_dims = torch.arange(policy.config.max_action_dim, device=device)[None] < contract.action_dim
@@ -65,8 +64,9 @@ class RobotPolicy:
             raise UsageError(f"guidance_beta: {guidance_beta} is not a finite number")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         shape = (1, self._policy.config.chunk_size, self._policy.config.max_action_dim)
+        encoded = map_tensors(lambda tensor: tensor.to(self._device), self._encoder.encode([observation]))
         chunk = self._policy.predict_action_chunk(
-            self._encode(observation),
+            encoded,
             # Drawn on the host: the same seed gives the same actions on every device.
             noise=torch.randn(shape, generator=generator).to(self._device),
             action_dim_mask=self._action_dims,
@@ -83,38 +83,3 @@ class RobotPolicy:
 
     def reset(self) -> None:
         self._queue.clear()
-
-    def _encode(self, observation: Mapping[str, Any]) -> Observation:
-        config, contract = self._policy.config, self.contract
-        wanted = {*(f"observation/{name}" for name in contract.cameras), "observation/state", "prompt"}
-        if missing := sorted(wanted - observation.keys()):
-            raise UsageError(f"observation: '{missing[0]}' is missing; the policy was trained with {sorted(wanted)}")
-        if not isinstance(observation["prompt"], str):
-            raise UsageError(f"prompt: expected text, got {observation['prompt']!r}")
-        try:
-            state = np.asarray(observation["observation/state"], np.float32)
-        except (TypeError, ValueError):
-            raise UsageError(f"observation/state: expected {contract.state_dim} numbers") from None
-        if state.shape != (contract.state_dim,) or not np.isfinite(state).all():
-            raise UsageError(
-                f"observation/state: expected {contract.state_dim} finite numbers, got shape {state.shape}"
-            )
-        images = [self._image(observation, name) for name in contract.cameras]
-        tokens, mask = encode_prompts(self._tokenizer, [observation["prompt"]], config.model.max_prompt_tokens)
-        encoded = Observation(
-            images=torch.from_numpy(np.stack(images)[None]),
-            camera_mask=torch.ones(1, len(images), dtype=torch.bool),
-            tokens=torch.from_numpy(tokens),
-            token_mask=torch.from_numpy(mask),
-            state=torch.from_numpy(self._normalizer.state.normalize(state)[None]),
-        )
-        return Observation(*(tensor.to(self._device) for tensor in encoded))
-
-    def _image(self, observation: Mapping[str, Any], camera: str) -> np.ndarray:
-        """[3, P, P] uint8."""
-        image = np.asarray(observation[f"observation/{camera}"])
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise UsageError(
-                f"observation/{camera}: expected uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
-            )
-        return resize_with_padding(image, self._policy.config.model.image_size).transpose(2, 0, 1)

@@ -50,7 +50,7 @@ def test_units_are_the_robots_on_both_sides(robot):
     policy = robot._policy
     assert chunk.shape == (policy.config.chunk_size, 2)
     # The same by hand: normalised state, letterboxed images, prompt tokens; then actions * scale + center.
-    seen = robot._encode(observation())
+    seen = robot._encoder.encode([observation()])
     assert seen.state[0].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
     assert seen.images.shape == (1, 2, 3, 32, 32)
     assert (seen.images[0, :, :, :4] == 0).all(), "a 48 x 64 picture has black bars above and below"
