@@ -71,6 +71,7 @@ class PiStarRECAPConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     label: LabelConfig = Field(default_factory=LabelConfig)
     env: EnvConfig = Field(default_factory=EnvConfig)
+    collect: CollectConfig = Field(default_factory=CollectConfig)
 
     @model_validator(mode="after")
     def _rules_between_sections(self):

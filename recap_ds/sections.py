@@ -321,8 +321,10 @@ class CollectConfig(Section):
     stall_frames: int = Field(20, ge=1)
     stall_margin: float = Field(0.0, ge=0)
     correction_frames: int = Field(30, ge=1)
-    # The expert of --demos: its speed, and per action dim, in units of half its range, the spread of a bias that it
-    # keeps for an episode and of noise in every frame. Others than these make it mediocre on purpose.
-    expert_speed: float = Field(1.0, gt=0, le=1)
-    expert_bias: float = Field(0.0, ge=0)
-    expert_noise: float = Field(0.0, ge=0)
+    # Spread of the noise in demonstrations, in units of half the range of each action dim.
+    demo_noise: float = Field(0.0, ge=0)
+    # Without --checkpoint a mediocre expert stands in for the policy: its speed, and in the same units the spread of a
+    # bias that it keeps for an episode and of its noise in every frame.
+    expert_speed: float = Field(0.6, gt=0, le=1)
+    expert_bias: float = Field(0.3, ge=0)
+    expert_noise: float = Field(0.5, ge=0)

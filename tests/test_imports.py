@@ -31,6 +31,7 @@ ALLOWED = {
     "checkpoint": BASE | {"distributed", "models", "processing"},
     # Sizes of a recipe; training counts its operations by it.
     "plan": BASE | {"algo", "models", "data", "distributed"},
+    "collect": BASE | {"processing", "models", "data", "envs", "rollout"},
     "rollout": BASE | {"processing", "models", "data", "envs"},
     "evaluate": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "rollout"},
     # It reads shards as evaluation does: as the critic was trained.
@@ -40,7 +41,7 @@ ALLOWED = {
     "doctor": BASE | {"models", "data", "distributed"},
     "cli": BASE
     | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"}
-    | {"iterate", "doctor", "plan"},
+    | {"iterate", "collect", "doctor", "plan"},
 }
 # The only modules, by the start of their name, that may import these. Pickle has no home.
 HOMES = {

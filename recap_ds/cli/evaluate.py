@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recap_ds.cli.errors import Parser, run_program
+from recap_ds.cli.numbers import count
 
 DEFAULT_EPISODES = 50
 
@@ -21,7 +22,7 @@ def build_parser() -> Parser:
     parser.add_argument("--env", metavar="ENV", help="reach, metaworld:TASK[,TASK], pusht, gym:ID or MODULE:CLASS")
     parser.add_argument(
         "--episodes",
-        type=_count,
+        type=count,
         metavar="N",
         help=f"with --env (default: {DEFAULT_EPISODES})",
     )
@@ -33,12 +34,6 @@ def build_parser() -> Parser:
         "overrides", nargs="*", metavar="section.key=value", help="evaluation.*, env.* and data.* settings"
     )
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from recap_ds import __version__
-from recap_ds.cli import checkpoints, consolidate, doctor, iterate, labels, plan, shards
+from recap_ds.cli import checkpoints, collect, consolidate, doctor, iterate, labels, plan, shards
 from recap_ds.cli.errors import Parser, run_program
 
 
@@ -17,6 +17,7 @@ def build_parser() -> Parser:
     consolidate.add_parser(verbs)
     checkpoints.add_parser(verbs)
     iterate.add_parser(verbs)
+    collect.add_parser(verbs)
     doctor.add_parser(verbs)
     plan.add_parser(verbs)
     return parser

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from recap_ds.cli import shards_import
+from recap_ds.cli.numbers import count, seed
 from recap_ds.errors import UsageError
 
 # What a verb does is imported when it runs: torch takes seconds, and --help should not.
@@ -16,16 +17,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
     make = verbs.add_parser("make", help="write a small shard folder of the built-in reach task")
     make.add_argument("out", type=Path, metavar="OUT")
-    make.add_argument("--episodes", type=_count, default=24, help="demo and auto episodes each; half as many corrected")
-    make.add_argument("--seed", type=_seed, default=0)
-    make.add_argument("--chunk-size", type=_count, default=10, help="frames of action per sample, and of the TD window")
+    make.add_argument("--episodes", type=count, default=24, help="demo and auto episodes each; half as many corrected")
+    make.add_argument("--seed", type=seed, default=0)
+    make.add_argument("--chunk-size", type=count, default=10, help="frames of action per sample, and of the TD window")
     make.set_defaults(run=run_make)
 
     shards_import.add_parser(verbs)
 
     index = verbs.add_parser("index", help="rebuild indices and manifest of tars that are there")
     index.add_argument("folder", type=Path, metavar="FOLDER")
-    index.add_argument("--jobs", type=_count, default=1)
+    index.add_argument("--jobs", type=count, default=1)
     index.set_defaults(run=run_index)
 
     show = verbs.add_parser("show", help="counts, outcomes, statistics and a contact sheet of pictures")
@@ -35,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
     verify = verbs.add_parser("verify", help="read every byte; exit 1 with a line per fault")
     verify.add_argument("folder", type=Path, metavar="FOLDER")
-    verify.add_argument("--jobs", type=_count, default=1)
+    verify.add_argument("--jobs", type=count, default=1)
     verify.set_defaults(run=run_verify)
 
 
@@ -83,17 +84,3 @@ def run_verify(args: argparse.Namespace) -> int:
         print(finding, file=sys.stderr)
     print(f"{args.folder}: {f'{len(findings)} faults' if findings else 'sound'}")
     return 1 if findings else 0
-
-
-def _count(text: str) -> int:
-    return _whole_number(text, at_least=1)
-
-
-def _seed(text: str) -> int:
-    return _whole_number(text, at_least=0)
-
-
-def _whole_number(text: str, at_least: int) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < at_least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {at_least}")
-    return int(text)

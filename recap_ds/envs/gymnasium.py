@@ -33,6 +33,7 @@ class GymnasiumWorld(Environment):
             name=name,
             tasks={name: name.partition(":")[2]},
             cameras=tuple(self._views),
+            image_size=size,
             state_dim=len(self.state()),
             action_low=low,
             action_high=high,

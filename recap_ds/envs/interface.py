@@ -22,6 +22,7 @@ class EnvSpec:
     name: str
     tasks: dict[str, str]
     cameras: tuple[str, ...]  # by the names the policy knows them under
+    image_size: int  # P
     state_dim: int
     action_low: np.ndarray  # [A]
     action_high: np.ndarray  # [A]

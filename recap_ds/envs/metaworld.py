@@ -50,6 +50,7 @@ class MetaWorld(Environment):
             name=name,
             tasks={task: _prompt(task) for task in chosen},
             cameras=tuple(self._views),
+            image_size=size,
             state_dim=STATE_DIM,
             action_low=np.full(ACTION_DIM, -1.0),
             action_high=np.full(ACTION_DIM, 1.0),

@@ -25,6 +25,7 @@ class PushT(Environment):
             name=TASK,
             tasks={TASK: PROMPT},
             cameras=tuple(self._views),
+            image_size=size,
             state_dim=STATE_DIM,
             action_low=np.zeros(ACTION_DIM),
             action_high=np.full(ACTION_DIM, ARENA),

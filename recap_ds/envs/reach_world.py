@@ -33,6 +33,7 @@ class ReachWorld(Environment):
             name=name,
             tasks={task: PROMPTS[task] for task in chosen},
             cameras=tuple(self._views),
+            image_size=size,
             state_dim=STATE_DIM,
             action_low=np.full(ACTION_DIM, -1.0),
             action_high=np.full(ACTION_DIM, 1.0),

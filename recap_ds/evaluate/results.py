@@ -103,13 +103,10 @@ def write_results(
     evaluation: dict[str, Any] | None,
     rollouts: dict[str, Any] | None = None,
 ) -> None:
-    """None where the call was not asked for that part."""
-    results = {
-        "checkpoint": checkpoint,
-        "dataset_path": shards,
-        "dataset_evaluation": _finite_or_none(evaluation),
-        "rollouts": _finite_or_none(rollouts),
-    }
+    """``evaluation`` and ``rollouts``: None where the call was not asked for that part."""
+    results = {"checkpoint": checkpoint, "dataset_path": shards, "dataset_evaluation": _finite_or_none(evaluation)}
+    if rollouts is not None:
+        results["rollouts"] = _finite_or_none(rollouts)
     path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -5,7 +5,6 @@ acts: they are compared pair by pair. Where an episode was played cannot be seen
 of device).
 """
 
-import os
 import sys
 import time
 import zlib
@@ -20,10 +19,10 @@ from recap_ds.distributed.runtime import RankInfo, Runtime
 from recap_ds.errors import UsageError
 from recap_ds.evaluate.video import check_encoder, write_video
 from recap_ds.models.pretrained import Pretrained, load_pretrained
-from recap_ds.rollout.actor import Actor, Arm, Judge, check_acts, load_judge
+from recap_ds.rollout.actor import Actor, Arm, Judge, check_acts, choose_arms, load_judge
 from recap_ds.rollout.episode import EpisodePlan, PlayRules
 from recap_ds.rollout.runner import Rollout, run_episodes, share_of_rank
-from recap_ds.rollout.workers import Workers
+from recap_ds.rollout.workers import Workers, count_workers
 from recap_ds.rollout.world import World, open_world
 
 REPORT_SECONDS = 30.0
@@ -94,24 +93,7 @@ def open_rollouts(
         arm = choose_arms(second.policy.config)[0]
         entries.append(Entry(other.said, arm))
         actors.append((_actor(second, [arm], evaluation, load_judge(critic, second)), [len(arms)]))
-    return RolloutJob(world, entries, actors, config, num_episodes, count_workers(evaluation, info))
-
-
-def choose_arms(config: PiStarRECAPConfig) -> list[Arm]:
-    """Every indicator with every guidance; without an indicator guidance does nothing, so that stands there once."""
-    if config.recap.policy_extraction == "weighted":
-        return [Arm(None, 1.0)]  # such a policy was trained without indicators
-    arms: list[Arm] = []
-    for indicator in config.evaluation.indicators:
-        betas = config.evaluation.guidance_betas if indicator != "none" else (1.0,)
-        arms += [Arm(None if indicator == "none" else indicator, beta) for beta in betas]
-    return list(dict.fromkeys(arms))
-
-
-def count_workers(evaluation: EvaluationConfig, info: RankInfo) -> int:
-    """Environment processes of this rank: more than the batch has rows would wait for ever."""
-    cores = len(os.sched_getaffinity(0)) // info.local_world
-    return min(evaluation.num_envs or max(1, cores), evaluation.rollout_batch_size)
+    return RolloutJob(world, entries, actors, config, num_episodes, count_workers(evaluation, info.local_world))
 
 
 def _actor(policy: Pretrained, arms: Sequence[Arm], evaluation: EvaluationConfig, judge: Judge | None) -> Actor:

@@ -5,8 +5,6 @@ A job that was interrupted goes on; one that finished before makes again what wa
 else.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -234,7 +232,7 @@ def _compute_values(
 def _values_record(job: LabelJob, precision: PrecisionName = "float32") -> ValuesRecord:
     config, source = job.config, job.export.provenance
     return ValuesRecord(
-        checkpoint_hash=checkpoint_hash(job.export),
+        checkpoint_hash=job.export.content_hash(),
         checkpoint_run=source.run,
         checkpoint_step=source.step,
         manifest_hash=job.shard_set.manifest.content_hash(),
@@ -243,9 +241,3 @@ def _values_record(job: LabelJob, precision: PrecisionName = "float32") -> Value
         value=config.value,
         max_length=job.max_length,
     )
-
-
-def checkpoint_hash(export: ExportRecord) -> str:
-    """Of everything the export holds, wherever it lies."""
-    files = {name: record.sha256 for name, record in export.files.items()}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,7 @@
 Written as a stream (memory near one tensor) under an unfinished name, then renamed: never half an export.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -106,6 +107,11 @@ class ExportRecord(BaseModel):
         except ValidationError as error:
             place = ".".join(map(str, error.errors()[0]["loc"]))
             raise UsageError(f"{path}: is not an export's record ('{place}')") from None
+
+    def content_hash(self) -> str:
+        """Of everything the export holds, wherever it lies."""
+        files = {name: record.sha256 for name, record in self.files.items()}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recap_ds.batch import Observation, map_tensors
+from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.draws import Purpose, generator
 from recap_ds.errors import UsageError
 from recap_ds.models.inference_value import predict_values
@@ -142,6 +143,17 @@ def _padded(
         source[request.row] = number
     encoded = encoder.encode([request.observation for request in requests])
     return map_tensors(lambda tensor: tensor[source].to(device), encoded)
+
+
+def choose_arms(config: PiStarRECAPConfig) -> list[Arm]:
+    """Every indicator with every guidance; without an indicator guidance does nothing, so that stands there once."""
+    if config.recap.policy_extraction == "weighted":
+        return [Arm(None, 1.0)]  # such a policy was trained without indicators
+    arms: list[Arm] = []
+    for indicator in config.evaluation.indicators:
+        betas = config.evaluation.guidance_betas if indicator != "none" else (1.0,)
+        arms += [Arm(None if indicator == "none" else indicator, beta) for beta in betas]
+    return list(dict.fromkeys(arms))
 
 
 def check_acts(pretrained: Pretrained, export: Path, flag: str) -> None:

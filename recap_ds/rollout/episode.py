@@ -22,6 +22,8 @@ class EpisodePlan(NamedTuple):
     keeps_pictures: bool = False
     # The policy acts, the policy acts and the expert corrects it, or the expert acts alone.
     mode: Literal["policy", "corrected", "expert"] = "policy"
+    # True = there is no policy: the expert, made mediocre by collect.expert_*, acts in its place.
+    stands_in: bool = False
 
 
 class Look(NamedTuple):
@@ -39,7 +41,7 @@ class PlayedEpisode(NamedTuple):
     states: np.ndarray  # [T, S] float32
     actions: np.ndarray  # [T, A] float32, as executed: within the bounds
     rewards: np.ndarray  # [T] float32, the environment's
-    expert: np.ndarray  # [T] bool, True = the scripted expert acted
+    expert: np.ndarray  # [T] bool, True = the scripted expert acted, in a demonstration or a correction
     pictures: dict[str, np.ndarray] | None  # camera -> [T, P, P, 3] uint8
     num_rendered: int  # times a picture was made of the world
 

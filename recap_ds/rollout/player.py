@@ -20,7 +20,7 @@ class Player:
         self._half_range = (env.spec.action_high - env.spec.action_low) / 2
 
     def begin(self, plan: EpisodePlan) -> Look | PlayedEpisode:
-        """Start an episode; the expert's own are played to the end at once."""
+        """Start an episode; one that needs no policy is played to the end at once."""
         self._plan = plan
         self._frames: list[tuple[np.ndarray, np.ndarray, float, bool]] = []
         self._pictures: list[dict[str, np.ndarray]] = []
@@ -28,11 +28,12 @@ class Player:
         self._takeover = Takeover(self._rules.collect)
         self._ended = self._success = False
         self._env.reset(plan.seed, plan.task)
-        if plan.mode != "expert":
+        if plan.mode == "expert":
+            self._demonstrate()
+        elif plan.stands_in:
+            self._stand_in()
+        else:
             return self._look()
-        self._draw_style()
-        while not self._ended:
-            self._step(self._styled(self._env.expert_action()), is_expert=True)
         return self._finish()
 
     def play(self, actions: np.ndarray, value: float | None = None) -> Look | PlayedEpisode:
@@ -53,6 +54,27 @@ class Player:
         if stalled:
             self._correct()
         return self._finish() if self._ended else self._look()
+
+    def _demonstrate(self) -> None:
+        noise = self._noise()
+        while not self._ended:
+            wobble = self._rules.collect.demo_noise * noise.standard_normal(len(self._half_range))
+            self._step(self._env.expert_action() + self._half_range * wobble, is_expert=True)
+
+    def _stand_in(self) -> None:
+        """Slower, biased and noisier than the expert, in units of half the range of each action dim."""
+        collect, noise = self._rules.collect, self._noise()
+        bias = collect.expert_bias * noise.standard_normal(len(self._half_range))
+        while not self._ended:
+            wobble = bias + collect.expert_noise * noise.standard_normal(len(bias))
+            slowed = self._middle + collect.expert_speed * (self._env.expert_action() - self._middle)
+            self._step(slowed + self._half_range * wobble, is_expert=False)
+            if self._plan.mode == "corrected" and not self._ended and self._takeover.stalls(self._env.progress(), 1):
+                self._correct()
+
+    def _noise(self) -> np.random.Generator:
+        """Keyed by the episode's number alone."""
+        return np.random.default_rng([self._rules.seed, self._plan.number])
 
     def _correct(self) -> None:
         """The expert acts for as long as a correction lasts; then the policy has another chance."""
@@ -91,19 +113,6 @@ class Player:
     def _render(self) -> dict[str, np.ndarray]:
         self._num_rendered += 1
         return self._env.images()
-
-    def _draw_style(self) -> None:
-        """The expert's habits in this episode, keyed by its number alone."""
-        collect = self._rules.collect
-        self._noise = np.random.default_rng([self._rules.seed, self._plan.number])
-        self._bias = collect.expert_bias * self._noise.standard_normal(self._env.spec.action_dim)
-
-    def _styled(self, action: np.ndarray) -> np.ndarray:
-        """Slower, biased and noisier, in units of half the range of each action dim."""
-        collect = self._rules.collect
-        noise = collect.expert_noise * self._noise.standard_normal(len(action))
-        slowed = self._middle + collect.expert_speed * (action - self._middle)
-        return slowed + self._half_range * (self._bias + noise)
 
     def _finish(self) -> PlayedEpisode:
         states, actions, rewards, expert = (list(column) for column in zip(*self._frames, strict=True))

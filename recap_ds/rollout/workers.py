@@ -4,6 +4,7 @@ Processes are spawned, not forked: a renderer does not survive a fork. They impo
 itself (a driver that crashes) is a RunFailed here; what the user gave wrongly is the UsageError that it was there.
 """
 
+import os
 import signal
 import traceback
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recap_ds.config import EnvConfig
+from recap_ds.config import EnvConfig, EvaluationConfig
 from recap_ds.envs.build import open_environment
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.rollout.episode import EpisodePlan, Look, PlayedEpisode, PlayRules
@@ -100,6 +101,12 @@ class Workers:
         if isinstance(answer, _Failure):
             raise (UsageError if answer.is_usage else RunFailed)(answer.message)
         return answer
+
+
+def count_workers(evaluation: EvaluationConfig, local_world: int) -> int:
+    """Environment processes of this rank: more than the batch has rows would wait for ever."""
+    cores = len(os.sched_getaffinity(0)) // local_world
+    return min(evaluation.num_envs or max(1, cores), evaluation.rollout_batch_size)
 
 
 def _serve(pipe: Connection, settings: WorldSettings, rules: PlayRules) -> None:

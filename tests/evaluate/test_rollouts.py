@@ -10,16 +10,10 @@ import torch
 from recap_ds.distributed.runtime import RankInfo, Runtime
 from recap_ds.errors import UsageError
 from recap_ds.evaluate.rollout_results import EVAL_INFO_NAME, rollout_table, summarise_rollouts, write_eval_info
-from recap_ds.evaluate.rollouts import (
-    Checkpoint,
-    choose_arms,
-    count_workers,
-    make_plans,
-    open_rollouts,
-    play_rollouts,
-)
+from recap_ds.evaluate.rollouts import Checkpoint, make_plans, open_rollouts, play_rollouts
 from recap_ds.models.pretrained import load_pretrained
-from recap_ds.rollout.actor import Arm
+from recap_ds.rollout.actor import Arm, choose_arms
+from recap_ds.rollout.workers import count_workers
 from tests.distributed.harness import run_ranks
 from tests.rollout.made_policy import save_policy
 from tests.tiny import tiny_config
@@ -152,9 +146,9 @@ def test_seeds_and_tasks_follow_from_the_episode(root):
 
 def test_there_are_never_more_environments_than_rows():
     evaluation = tiny_config(evaluation={"num_envs": 9, "rollout_batch_size": 4}).evaluation
-    assert count_workers(evaluation, RankInfo()) == 4
+    assert count_workers(evaluation, local_world=1) == 4
     evaluation = tiny_config(evaluation={"rollout_batch_size": 64}).evaluation
-    assert count_workers(evaluation, RankInfo(local_world=10**6)) == 1
+    assert count_workers(evaluation, local_world=10**6) == 1
 
 
 def test_two_policies_must_look_through_the_same_cameras(root):

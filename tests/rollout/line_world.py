@@ -13,6 +13,7 @@ class LineWorld(Environment):
             name="line",
             tasks={"go": "go right", "stuck": "pull hard", "fall": "do not fall"},
             cameras=("eye",),
+            image_size=4,
             state_dim=1,
             action_low=np.array([-1.0]),
             action_high=np.array([1.0]),

@@ -111,19 +111,32 @@ def test_the_expert_s_own_episodes_need_no_policy():
     assert isinstance(played, PlayedEpisode) and played.success and played.expert.all()
     np.testing.assert_allclose(played.actions, 0.8, atol=1e-7)
     assert len(played.pictures["eye"]) == played.num_frames == 7
+    wobbly = player(demo_noise=0.1).begin(plan(mode="expert")).actions
+    assert 0.02 < wobbly.std() < 0.25
+
+
+def test_a_mediocre_expert_is_corrected_like_a_policy():
+    settings = {"expert_speed": 0.3, "expert_bias": 0.0, "expert_noise": 0.0, "stall_frames": 4, "correction_frames": 2}
+    played = player(max_steps=30, **settings).begin(plan("stuck", mode="corrected", stands_in=True))
+    assert played.expert.tolist() == ([False] * 5 + [True] * 2) * 3 + [False] * 5 + [True] and played.success
 
 
 def test_a_mediocre_expert_is_slow_biased_and_noisy_by_its_number_alone():
-    slow = player(max_steps=50, expert_speed=0.5).begin(plan(mode="expert"))
+    exact = {"expert_speed": 1.0, "expert_bias": 0.0, "expert_noise": 0.0}
+    slow = player(max_steps=50, **{**exact, "expert_speed": 0.5}).begin(plan(stands_in=True))
     np.testing.assert_allclose(slow.actions, 0.4, atol=1e-7)
-    biased = [player(expert_bias=0.3).begin(plan(mode="expert", number=n)).actions for n in (0, 0, 1)]
+    assert slow.success and not slow.expert.any()  # it acts as a policy would
+    one = {**exact, "expert_bias": 0.3}
+    biased = [player(**one).begin(plan(stands_in=True, number=n)).actions for n in (0, 0, 1)]
     assert np.ptp(biased[0]) == 0 and np.array_equal(biased[0], biased[1]) and biased[0][0] != biased[2][0]
-    noisy = player(max_steps=400, expert_noise=0.1, expert_speed=0.01).begin(plan(seed=90, mode="expert"))
+    shaky = {**exact, "expert_noise": 0.1, "expert_speed": 0.01}
+    noisy = player(max_steps=400, **shaky).begin(plan(seed=90, stands_in=True))
     assert noisy.actions.std() == pytest.approx(0.1, rel=0.15) and noisy.actions.mean() == pytest.approx(0.0, abs=0.03)
 
 
 def test_a_recorded_episode_can_be_replayed():
-    played = player(max_steps=40, expert_noise=0.5, expert_bias=0.5).begin(plan(seed=7, mode="expert"))
+    played = player(max_steps=40).begin(plan(seed=7, stands_in=True))
+    assert played.num_frames > 10
     world = LineWorld()
     world.reset(played.plan.seed, played.plan.task)
     for state, action in zip(played.states, played.actions, strict=True):

@@ -1,0 +1,163 @@
+"""What is to be collected, checked against the world, the policy and the shards it is to join.
+
+A policy, a policy that the expert corrects, or the expert alone plays: three kinds, each a data set of its own
+(``<name>_auto``, ``_intervention``, ``_demo``), whose episode n is a pure function of the seed, n, the checkpoint and
+the settings. Without a checkpoint the expert itself, made mediocre, stands in for the policy: data for studies.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from recap_ds.config import PiStarRECAPConfig, SourceName
+from recap_ds.data.draws import identity_of
+from recap_ds.data.manifest import MANIFEST_NAME, Manifest, check_agreement
+from recap_ds.errors import UsageError
+from recap_ds.models.export_format import ExportRecord
+from recap_ds.models.pretrained import Pretrained
+from recap_ds.rollout.actor import Actor, Arm, check_acts, choose_arms, load_judge
+from recap_ds.rollout.world import World, open_world
+
+# With the numbers of episodes added, still a seed for every simulator.
+MAX_SEED = 2**30
+
+
+class Kind(NamedTuple):
+    """A way to collect. ``offset``: keeps the episodes, seeds and noise of the three apart."""
+
+    source: SourceName
+    mode: Literal["policy", "corrected", "expert"]
+    offset: int
+
+
+AUTO = Kind("auto", "policy", 0)
+INTERVENTION = Kind("intervention", "corrected", 1_000_000)
+DEMO = Kind("demo", "expert", 2_000_000)
+
+
+@dataclass(frozen=True)
+class CollectJob:
+    out: Path
+    name: str
+    seed: int
+    config: PiStarRECAPConfig
+    world: World
+    actor: Actor | None  # None where the expert stands in for a policy
+    arm: Arm | None  # how the policy acts
+    checkpoint: str | None  # as the user called it
+    checkpoint_hash: str | None
+    critic_hash: str | None
+    goals: dict[Kind, int]  # episodes that OUT is to hold
+    stored: dict[str, int]  # action_width, td_horizon, image_size of the shards
+
+    def dataset(self, kind: Kind) -> str:
+        return f"{self.name}_{kind.source}"
+
+    def provenance(self, kind: Kind) -> dict[str, Any]:
+        """All that an episode of ``kind`` follows from, in JSON's types."""
+        env, collect, evaluation = self.config.env, self.config.collect, self.config.evaluation
+        made_by = {"env": self.world.spec.name, "seed": self.seed, "env_settings": env.model_dump(mode="json")}
+        if kind is DEMO:
+            return made_by | {"demo_noise": collect.demo_noise}
+        if self.arm is None:
+            keys = ["expert_speed", "expert_bias", "expert_noise"]
+        else:
+            keys = []
+            made_by |= {
+                "checkpoint_hash": self.checkpoint_hash,
+                "acts": self.arm.name,
+                "executed_frames": evaluation.executed_frames,
+                "rollout_batch_size": evaluation.rollout_batch_size,
+            }
+        if kind is INTERVENTION:
+            made_by["critic_hash"] = self.critic_hash
+            keys += ["progress", "stall_frames", "stall_margin", "correction_frames"]
+        return made_by | {key: value for key, value in collect.model_dump().items() if key in keys}
+
+
+def open_collection(
+    out: Path,
+    env: str,
+    goals: dict[Kind, int],
+    config: PiStarRECAPConfig,
+    *,
+    policy: Pretrained | None = None,
+    checkpoint: str | None = None,
+    export: Path | None = None,
+    critic: Path | None = None,
+    name: str | None = None,
+    seed: int | None = None,
+) -> CollectJob:
+    """Everything checked before the first episode. ``config``: the policy's, where there is one."""
+    if policy is not None:
+        check_acts(policy, export, "--checkpoint")
+    elif critic is not None:
+        raise UsageError("--critic: is read only where a policy acts; give --checkpoint")
+    manifest = Manifest.load(out) if (out / MANIFEST_NAME).exists() else None
+    contract = policy.contract if policy is not None else None
+    world = open_world(env, config.env, contract, manifest.image_size if manifest else None)
+    if not world.spec.has_expert and (policy is None or set(goals) != {AUTO}):
+        raise UsageError(f"--env {env}: has no scripted expert; only --episodes of a --checkpoint can be collected")
+    name = name or re.sub(r"[^A-Za-z0-9_-]", "_", out.resolve().name)
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,80}", name):
+        raise UsageError(f"--name {name}: write it with at most 80 letters, digits, - and _")
+    if seed is not None and seed >= MAX_SEED:
+        raise UsageError(f"--seed {seed}: give one below {MAX_SEED}")
+    # Folders of several iterations should not all begin with the same scenes.
+    seed = identity_of("collect", name) % MAX_SEED if seed is None else seed
+    return CollectJob(
+        out=out,
+        name=name,
+        seed=seed,
+        config=config,
+        world=world,
+        actor=None if policy is None else _actor(policy, config, goals, critic, seed),
+        arm=None if policy is None else choose_arms(config)[0],
+        checkpoint=checkpoint,
+        checkpoint_hash=None if export is None else ExportRecord.load(export).content_hash(),
+        critic_hash=None if critic is None else ExportRecord.load(critic).content_hash(),
+        goals=goals,
+        stored=_stored(out, manifest, config, world),
+    )
+
+
+def _actor(
+    policy: Pretrained, config: PiStarRECAPConfig, goals: dict[Kind, int], critic: Path | None, seed: int
+) -> Actor:
+    judge = None
+    if config.collect.progress == "value" and INTERVENTION in goals:
+        judge = load_judge(critic, policy)
+        if judge is None:
+            raise UsageError("collect.progress: value needs a critic; give --critic, or set it to environment")
+    elif critic is not None:
+        raise UsageError("--critic: is read only by --corrections with collect.progress=value")
+    evaluation = config.evaluation
+    return Actor(
+        policy,
+        choose_arms(config)[:1],
+        seed=seed,
+        batch_size=evaluation.rollout_batch_size,
+        executed_frames=evaluation.executed_frames,
+        judge=judge,
+    )
+
+
+def _stored(out: Path, manifest: Manifest | None, config: PiStarRECAPConfig, world: World) -> dict[str, int]:
+    """The format of the shards; UsageError where the episodes could not join those that are there."""
+    spec = world.spec
+    if manifest is None:
+        return {"action_width": config.chunk_size, "td_horizon": config.chunk_size, "image_size": spec.image_size}
+    now = {
+        "cameras": tuple(sorted(spec.cameras)),
+        "state_dim": spec.state_dim,
+        "action_dim": spec.action_dim,
+        "fps": spec.fps,
+        "image_size": spec.image_size,
+    }
+    check_agreement(out, manifest, now)
+    for known in world.tasks.values():
+        there = manifest.tasks.get(known.name)
+        if there is not None and there.prompt != known.prompt:
+            raise UsageError(f"{out}: task '{known.name}' has the prompt {there.prompt!r} there, {known.prompt!r} here")
+    return {key: getattr(manifest, key) for key in ("action_width", "td_horizon", "image_size")}
