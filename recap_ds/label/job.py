@@ -155,7 +155,7 @@ def _pending(job: LabelJob, dataset: SweepDataset, values: ValuesRecord, report:
     if finished is not None:
         problems = label_problems(shard_set, job.tag, finished)
         # Whole values stay, in whatever precision they were computed.
-        folder = values_folder(shard_set.folder, finished.values_tag)
+        folder = open_values(shard_set.folder, finished.values_tag, finished.values)
         pending = pending_shards(dataset, shard_set, folder, finished.values)
         if not problems and not pending:
             return None

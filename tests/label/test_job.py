@@ -243,6 +243,8 @@ def test_what_was_lost_or_damaged_since_is_made_again(root, alone):
     flip_bit(labelled / "auto-000000.parquet", 300)
     check("labels  auto-000000.parquet was changed or damaged")
     (values / VALUES_NAME).unlink()
+    check()
+    (values / VALUES_NAME).unlink()
     (labelled / LABELS_NAME).unlink()
     check()
 
