@@ -39,9 +39,10 @@ ALLOWED = {
     "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "plan"},
     "iterate": BASE | {"models", "data", "checkpoint", "label", "train"},
     "doctor": BASE | {"models", "data", "distributed"},
+    "bench": BASE | {"models", "processing", "distributed", "checkpoint"},
     "cli": BASE
     | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"}
-    | {"iterate", "collect", "doctor", "plan"},
+    | {"iterate", "collect", "doctor", "plan", "bench"},
 }
 # The only modules, by the start of their name, that may import these. Pickle has no home.
 HOMES = {

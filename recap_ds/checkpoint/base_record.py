@@ -4,38 +4,23 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from recap_ds.checkpoint import layout
 from recap_ds.config import VlmSource
 from recap_ds.errors import UsageError
-from recap_ds.files.records import FileRecord, file_problems, read_checked_json, write_checked_json
+from recap_ds.files.records import CheckedRecord, FileRecord, file_problems
 from recap_ds.models.export_format import VLM_CONFIG_NAME
 from recap_ds.models.vlm_weights import locate_vlm
 
-FORMAT_VERSION = 1
 
+class BaseRecord(CheckedRecord):
+    FILE_NAME = layout.BASE_RECORD_NAME
+    MEANING = "a base record"
+    FORMAT_VERSION = 1
 
-class BaseRecord(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: int = FORMAT_VERSION
     # run: in run/base/. files: in ``folder``. trained: in every checkpoint.
     weights: Literal["run", "files", "trained"]
     folder: str | None = None
     files: dict[str, FileRecord]  # the weight files, by name in their folder
-
-    def save(self, run: Path) -> None:
-        write_checked_json(run / layout.BASE_RECORD_NAME, self.model_dump(mode="json"))
-
-    @classmethod
-    def load(cls, run: Path) -> "BaseRecord":
-        path = run / layout.BASE_RECORD_NAME
-        try:
-            return cls.model_validate(read_checked_json(path, FORMAT_VERSION))
-        except ValidationError as error:
-            place = ".".join(map(str, error.errors()[0]["loc"]))
-            raise UsageError(f"{path}: is not a base record ('{place}')") from None
 
     def check(self, folder: Path) -> None:
         """UsageError unless ``folder`` holds the very files the run was started with."""

@@ -1,6 +1,7 @@
 """Every file and folder name of a run, and how a CHECKPOINT argument becomes a step folder.
 
     runs/NAME/config.yaml contract.json       what was run, and for which robot
+    runs/NAME/summary.json                    what a finished run came to
     runs/NAME/base.json base/                 the frozen VLM: where it is, or the thing itself (see base.py)
     runs/NAME/checkpoints/step_00000500/      one checkpoint
     runs/NAME/checkpoints/latest, best        relative links to one
@@ -21,6 +22,7 @@ from recap_ds.errors import UsageError
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS_NAME = "checkpoints"
+SUMMARY_NAME = "summary.json"
 BASE_NAME = "base"
 BASE_RECORD_NAME = "base.json"
 STATE_NAME = "state.json"

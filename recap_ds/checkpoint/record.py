@@ -3,14 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from recap_ds.checkpoint.layout import STATE_NAME, rank_file_name
 from recap_ds.checkpoint.tile_file import TileReader
 from recap_ds.errors import UsageError
-from recap_ds.files.records import FileRecord, file_problems, read_checked_json, write_checked_json
-
-FORMAT_VERSION = 1
+from recap_ds.files.records import CheckedRecord, FileRecord, file_problems
 
 
 class _Part(BaseModel):
@@ -28,8 +26,11 @@ class ParameterRecord(_Part):
     group: str  # of the optimizer
 
 
-class CheckpointRecord(_Part):
-    format_version: int = FORMAT_VERSION
+class CheckpointRecord(CheckedRecord):
+    FILE_NAME = STATE_NAME
+    MEANING = "a checkpoint record"
+    FORMAT_VERSION = 1
+
     recap_ds_version: str
     saved_at: str | None = None  # UTC, ISO 8601; None in those of before it was written down
     step: int
@@ -42,18 +43,6 @@ class CheckpointRecord(_Part):
     shadows: dict[str, tuple[str, ...]]  # kind -> names of online parameters
     files: dict[str, FileRecord]
     state: dict[str, Any]  # the training loop's
-
-    def save(self, folder: Path) -> None:
-        write_checked_json(folder / STATE_NAME, self.model_dump(mode="json"))
-
-    @classmethod
-    def load(cls, folder: Path) -> "CheckpointRecord":
-        path = folder / STATE_NAME
-        try:
-            return cls.model_validate(read_checked_json(path, FORMAT_VERSION))
-        except ValidationError as error:
-            place = ".".join(map(str, error.errors()[0]["loc"]))
-            raise UsageError(f"{path}: is not a checkpoint record ('{place}')") from None
 
 
 def verify_checkpoint(path: Path) -> list[str]:

@@ -43,7 +43,7 @@ def find_start(config: PiStarRECAPConfig, info: RankInfo) -> StartPoint | None:
     if record.vlm_is_plain_transformers is None:
         raise UsageError(f"{KEY}: {export} holds an adapter alone; consolidate without --adapter-only")
     if record.adapter == "separate" and not config.lora.enabled:
-        raise UsageError(f"{KEY}: {export} has an adapter; set lora.enabled=true, or consolidate with --merge-adapters")
+        raise UsageError(f"{KEY}: {export} has an adapter; set lora.enabled=true, or consolidate with --merge")
     return StartPoint(export, record)
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from recap_ds.errors import UsageError
 from recap_ds.files.records import FileRecord
+from recap_ds.files.tensor_reader import TensorFileReader
 from recap_ds.files.tensors import TensorSource, write_tensor_file
 
 # Of every trainable parameter; the kinds of shadows (target, ema) come on top.
@@ -50,19 +50,16 @@ class _Piece(NamedTuple):
 
 
 class TileReader:
-    """Ranges of parameters from a set of rank files, mapped from disk: only what is asked for is read."""
+    """Ranges of parameters from a set of rank files: only what is asked for is read."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
-        try:
-            self._files = [safe_open(path, framework="pt") for path in paths]
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{paths[0].parent}: a rank file cannot be read ({error})") from None
+        self._files = [TensorFileReader(path) for path in paths]
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         for index, file in enumerate(self._files):
-            for key, start in json.loads(file.metadata()["starts"]).items():
+            for key, start in json.loads(file.metadata["starts"]).items():
                 kind, name = key.split("/", 1)
-                length = file.get_slice(key).get_shape()[0]
+                length = file.tensors[key].shape[0]
                 self._pieces[kind, name].append(_Piece(start, length, index, key))
         for pieces in self._pieces.values():
             pieces.sort()
@@ -80,13 +77,10 @@ class TileReader:
             if piece.start > position:
                 break
             until = min(end, piece.start + piece.length)
-            values = self._files[piece.file].get_slice(piece.key)[position - piece.start : until - piece.start]
+            values = self._files[piece.file].read(piece.key, position - piece.start, until - position)
             out[position - start : until - start] = values
             position = until
         if position < end:
             folder = self._paths[0].parent
             raise UsageError(f"{folder}: no rank file holds values {position} to {end} of {kind} of '{name}'")
         return out
-
-    def read_whole(self, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.read(kind, name, 0, torch.Size(shape).numel()).view(shape)

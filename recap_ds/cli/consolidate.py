@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from recap_ds.errors import RunFailed, UsageError
+from recap_ds.cli.sizes import parse_bytes
+from recap_ds.errors import RunFailed
 
-GIB = 2**30
-MIN_SHARD_GIB, MAX_SHARD_GIB = 0.001, 1024.0
+MIN_SHARD_BYTES, MAX_SHARD_BYTES = 10**6, 10**12
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="a run, a step folder, latest, best, or a folder of DeepSpeed's own",
+        help="a run, a step folder, latest, best, or a folder of DeepSpeed's own ZeRO checkpoint",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument(
@@ -29,11 +29,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of what is written (default: %(default)s)"
     )
-    parser.add_argument("--merge-adapters", action="store_true", help="fold LoRA into the VLM's weights")
+    parser.add_argument("--merge", action="store_true", help="fold LoRA into the VLM's weights")
     parser.add_argument("--adapter-only", action="store_true", help="the LoRA adapter alone, in peft's format")
-    parser.add_argument("--no-critics", action="store_true", help="leave out critic and target critic")
+    parser.add_argument("--policy-only", action="store_true", help="leave out critic and target critic")
     parser.add_argument(
-        "--max-shard-gib", type=float, default=5.0, metavar="GIB", help="size of the VLM's files (default: %(default)s)"
+        "--shard-size", default="5GB", metavar="SIZE", help="at most, of one of the VLM's files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--config", type=Path, help="the recipe of a folder of DeepSpeed's own that lies in no run of recap_ds"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an older export in OUT")
     parser.set_defaults(run=run)
@@ -42,20 +45,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from recap_ds.checkpoint.consolidate import consolidate  # torch takes a second
 
-    if not MIN_SHARD_GIB <= args.max_shard_gib <= MAX_SHARD_GIB:  # nan is in no range
-        raise UsageError(
-            f"--max-shard-gib {args.max_shard_gib}: give a size from {MIN_SHARD_GIB:g} to {MAX_SHARD_GIB:g} (GiB)"
-        )
+    max_shard_bytes = parse_bytes("--shard-size", args.shard_size, MIN_SHARD_BYTES, MAX_SHARD_BYTES)
     try:
         record = consolidate(
             args.checkpoint,
             args.out,
             weights=args.weights,
             dtype=args.dtype,
-            merge_adapters=args.merge_adapters,
+            config=args.config,
+            merge=args.merge,
             adapter_only=args.adapter_only,
-            include_critics=not args.no_critics,
-            max_shard_bytes=int(args.max_shard_gib * GIB),
+            policy_only=args.policy_only,
+            max_shard_bytes=max_shard_bytes,
             overwrite=args.overwrite,
         )
     except OSError as error:

@@ -9,7 +9,10 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
 
 from recap_ds.errors import UsageError
 from recap_ds.files.atomic import write_file
@@ -78,6 +81,31 @@ def file_problems(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
         for (name, record), now in zip(files.items(), found, strict=True)
         if now.sha256 != record.sha256
     ]
+
+
+class CheckedRecord(BaseModel):
+    """A JSON file that says what it is: of one format version, with a checksum over all of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    FILE_NAME: ClassVar[str]
+    MEANING: ClassVar[str]  # for the error: "an export's record"
+    FORMAT_VERSION: ClassVar[int]
+
+    def save(self, folder: Path) -> None:
+        body = {"format_version": self.FORMAT_VERSION, **self.model_dump(mode="json")}
+        write_checked_json(folder / self.FILE_NAME, body)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        path = folder / cls.FILE_NAME
+        body = read_checked_json(path, cls.FORMAT_VERSION)
+        del body["format_version"]
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            place = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UsageError(f"{path}: is not {cls.MEANING} ('{place}')") from None
 
 
 def write_checked_json(path: Path, body: Mapping[str, Any]) -> None:

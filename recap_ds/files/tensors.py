@@ -1,4 +1,4 @@
-"""Safetensors files written as a stream: one tensor in memory at a time.
+"""Safetensors files written as a stream: a piece of one tensor in memory at a time.
 
 safetensors' own ``save_file`` wants every tensor in memory at once. A shard of a large model lives on an accelerator, a
 consolidated one in many files, so here the header is written first, from shapes alone, and the tensors follow one by
@@ -8,7 +8,7 @@ one. The format: 8 bytes of header length, a JSON header (name -> dtype, shape, 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,19 +29,39 @@ DTYPE_NAMES = {
 }
 
 
+# What is held of a tensor while it passes through, in elements: 32 MiB of float32.
+PIECE_ELEMENTS = 2**23
+
+
 class TensorSource(NamedTuple):
-    """A tensor that is read only when its turn to be written comes."""
+    """A tensor that is read only when its turn to be written comes, and then a piece at a time."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype  # as written; ``read`` may return another
-    read: Callable[[], Tensor]
+    dtype: torch.dtype  # as written; the pieces may have another
+    pieces: Callable[[], Iterator[Tensor]]  # 1-D, one after the other the flattened tensor
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorSource":
-        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: iter([tensor.reshape(-1)]))
+
+    @classmethod
+    def ranges(cls, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[int, int], Tensor]) -> "TensorSource":
+        """``read(start, length)`` gives that range of the flattened tensor."""
+        end = torch.Size(shape).numel()
+
+        def pieces() -> Iterator[Tensor]:
+            for start in range(0, end, PIECE_ELEMENTS):
+                yield read(start, min(PIECE_ELEMENTS, end - start))
+
+        return cls(shape, dtype, pieces)
 
     def cast(self, dtype: torch.dtype) -> "TensorSource":
         return self._replace(dtype=dtype)
+
+    def read(self) -> Tensor:
+        """All of it, in the dtype of the pieces."""
+        pieces = list(self.pieces())
+        return torch.cat(pieces).view(self.shape) if pieces else torch.empty(self.shape, dtype=self.dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -81,11 +101,20 @@ class TensorFileWriter:
 
     def write(self, tensor: Tensor) -> None:
         """The next tensor, cast to the dtype promised for it."""
-        shape, dtype = self._specs[self._num_written]
+        shape, _ = self._specs[self._num_written]
         assert tuple(tensor.shape) == shape, (tuple(tensor.shape), shape)
+        self.write_pieces(iter([tensor.reshape(-1)]))
+
+    def write_pieces(self, pieces: Iterator[Tensor]) -> None:
+        """The next tensor, cast to the dtype promised for it, from 1-D pieces: one of them in memory at a time."""
+        shape, dtype = self._specs[self._num_written]
         self._num_written += 1
-        values = tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
-        self._write(values.numpy().data)
+        num_missing = torch.Size(shape).numel()
+        for piece in pieces:
+            num_missing -= piece.numel()
+            values = piece.detach().to("cpu", dtype).contiguous().view(torch.uint8)
+            self._write(values.numpy().data)
+        assert num_missing == 0, (shape, num_missing)
 
     def finish(self) -> FileRecord:
         assert self._num_written == len(self._specs), "a promised tensor was not written"
@@ -103,9 +132,9 @@ class TensorFileWriter:
 def write_tensor_file(
     path: Path, sources: Mapping[str, TensorSource], metadata: Mapping[str, str] | None = None
 ) -> FileRecord:
-    """All of ``sources``, one in memory at a time."""
+    """All of ``sources``, one piece of one of them in memory at a time."""
     specs = {name: (source.shape, source.dtype) for name, source in sources.items()}
     with TensorFileWriter(path, specs, metadata) as writer:
         for source in sources.values():
-            writer.write(source.read())
+            writer.write_pieces(source.pieces())
         return writer.finish()

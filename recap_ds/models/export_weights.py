@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.files.records import file_problems
+from recap_ds.files.tensor_reader import TensorFileReader
 from recap_ds.files.tensors import TensorSource, write_tensor_file
 from recap_ds.models.backbones import names_in_files
 from recap_ds.models.building import Builder, fill
@@ -36,8 +35,8 @@ from recap_ds.models.export_format import (
     split_adapter,
     tokenizer_files,
     vlm_config_json,
-    write_export,
 )
+from recap_ds.models.export_write import write_export
 from recap_ds.models.lora import is_adapter, peft_name
 from recap_ds.models.vlm_weights import locate_vlm, weight_files
 from recap_ds.processing.contract import CONTRACT_NAME, RobotContract
@@ -142,32 +141,20 @@ def fill_adapter(paligemma: nn.Module, export: Path, builder: Builder) -> None:
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) one at a time; what is no safetensors file is a UsageError."""
-    try:
-        with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield name, reader.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{file}: cannot be read ({error})") from None
+    reader = TensorFileReader(file)
+    for name in reader.tensors:
+        yield name, reader.read_whole(name)
 
 
 def folder_sources(folder: Path, read_name: Callable[[str], str | None]) -> dict[str, TensorSource]:
     """Tensors of a transformers folder by their names inside the network, none of them read yet."""
     sources = {}
     for file in weight_files(folder):
-        try:
-            reader = safe_open(file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{file}: cannot be read ({error})") from None
-        for stored in reader.keys():  # noqa: SIM118
+        reader = TensorFileReader(file)
+        for stored in reader.tensors:
             if (name := read_name(stored)) is not None:
-                part = reader.get_slice(stored)
-                shape = tuple(part.get_shape())
-                sources[name] = TensorSource(shape, torch.float32, _reading(reader, stored))
+                sources[name] = reader.source(stored)
     return sources
-
-
-def _reading(reader: Any, stored: str) -> Callable[[], Tensor]:
-    return lambda: reader.get_tensor(stored)
 
 
 # -- one file, plain PyTorch ------------------------------------------------------------------------------------------
@@ -190,11 +177,7 @@ def save_state(policy: nn.Module, path: str | Path, metadata: Mapping[str, Any] 
 def load_state(policy: nn.Module, path: str | Path) -> dict[str, Any]:
     """Fill ``policy`` in place and return the ``metadata`` it was saved with."""
     path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as reader:
-            header = reader.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from None
+    header = TensorFileReader(path).metadata
     if header.get("recap_ds") != STATE_FORMAT:
         raise UsageError(f"{path}: was not written by save_checkpoint; use from_pretrained for an export")
     fill_from_file(policy, path, Builder())

@@ -6,6 +6,7 @@ peft's own ``autocast_adapter_dtype`` (float32 adapters beside bfloat16 weights)
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from recap_ds.config import LoraConfig
@@ -67,5 +68,6 @@ def merge_adapters(tensors: dict[str, Tensor], lora: LoraConfig) -> Iterator[tup
         down = tensors.get(f"{stem}.lora_A.{ADAPTER}.weight") if stem != name else None
         if down is not None:
             up = tensors[f"{stem}.lora_B.{ADAPTER}.weight"]
-            value = (value.float() + (lora.alpha / lora.rank) * (up.float() @ down.float())).to(value.dtype)
+            folded = torch.addmm(value.float(), up.float(), down.float(), alpha=lora.alpha / lora.rank)
+            value = folded.to(value.dtype)
         yield base_name(name), value

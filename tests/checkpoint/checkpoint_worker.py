@@ -79,7 +79,7 @@ def one_run(runtime: Runtime, folder: Path, kind: str) -> dict:
     train(run, range(2), runtime)
     save(run, folder, 2, runtime)
     losses = train(run, range(2, 4), runtime)
-    save(run, folder, 4, runtime, also_deepspeed=kind == "full")
+    save(run, folder, 4, runtime, also_deepspeed=True)
     straight = snapshot(run)
 
     resumed = start(config, runtime, vlm_folder=base_folder(folder))
@@ -108,7 +108,7 @@ def other_layout(runtime: Runtime, folder: Path, ds_name: str) -> dict:
     run = start(config, runtime, ds_name, bf16=True)
     ensure_base(folder, run.engine.module, config, runtime)
     train(run, range(2), runtime)
-    path = save(run, folder, 2, runtime)
+    path = save(run, folder, 2, runtime, also_deepspeed=True)
     losses = train(run, range(2, 4), runtime)
     resumed = start(config, runtime, ds_name, base_folder(folder), bf16=True)
     load_checkpoint(path, runtime=runtime, engine=resumed.engine, shadows=resumed.shadows)

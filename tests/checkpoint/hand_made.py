@@ -15,8 +15,8 @@ from recap_ds.files.records import write_text
 from recap_ds.files.tensors import TensorSource, write_tensor_file
 from recap_ds.models.export_format import VLM_CONFIG_NAME, VLM_WEIGHTS_NAME, split_adapter, stored_name, vlm_config_json
 from recap_ds.models.policy import PiStarRECAPPolicy
-from recap_ds.processing.contract import RobotContract, TaskContract
 from recap_ds.recipe import dump_config
+from tests.made_export import CONTRACT
 from tests.tiny import tiny_config
 
 KINDS = {
@@ -24,16 +24,6 @@ KINDS = {
     "lora": {"lora": {"enabled": True, "rank": 2, "alpha": 3.0}},
     "full": {"model": {"freeze_vlm": False}},
 }
-CONTRACT = RobotContract(
-    cameras=("front", "wrist"),
-    image_size=32,
-    state_dim=4,
-    action_dim=5,
-    fps=10.0,
-    tasks={"reach": TaskContract(prompt="reach the cube", max_length=50)},
-    normalizer={"method": "mean_std"},
-    manifest_hash="0" * 64,
-)
 
 
 def make_config(kind: str) -> PiStarRECAPConfig:

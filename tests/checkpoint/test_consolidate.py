@@ -1,5 +1,6 @@
 """What two ranks trained, in one process: bit for bit what DeepSpeed gathers, and what plain libraries load."""
 
+import json
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from recap_ds.models.pixels import to_pixels
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.pretrained import load_pretrained
 from tests.checkpoint.hand_made import CONTRACT, KINDS, assert_same, expected_targets, make_config, make_run
+from tests.made_export import HEADS_OF_STAGES
 from tests.tiny import random_batch, tiny_config, wake
 
 
@@ -53,6 +55,8 @@ def test_transformers_loads_the_vlm_and_peft_the_adapter(two_ranks, tmp_path):
     adapted = features(policy)
     plain, report = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "export/vlm", output_loading_info=True)
     assert not any(report.values()), report
+    # The language head is tied to the token embedding, and not in the files.
+    assert plain.lm_head.weight is plain.model.language_model.embed_tokens.weight
     peft_model = PeftModel.from_pretrained(plain, tmp_path / "export/adapter").eval()
     policy.vlm.paligemma = peft_model.base_model.model.model
     torch.testing.assert_close(features(policy).hidden, adapted.hidden, rtol=0, atol=1e-5)
@@ -62,7 +66,7 @@ def test_transformers_loads_the_vlm_and_peft_the_adapter(two_ranks, tmp_path):
 
 def test_merged_weights_see_what_the_adapter_sees(two_ranks, tmp_path):
     consolidate(two_ranks[0] / "lora", tmp_path / "separate")
-    record = consolidate(two_ranks[0] / "lora", tmp_path / "merged", merge_adapters=True)
+    record = consolidate(two_ranks[0] / "lora", tmp_path / "merged", merge=True)
     assert record.adapter == "merged" and not (tmp_path / "merged/adapter").exists()
     separate, merged = (load_pretrained(tmp_path / name).policy for name in ("separate", "merged"))
     assert not merged.config.lora.enabled
@@ -125,22 +129,14 @@ def test_an_adapter_alone(lora_run, tmp_path):
 
 
 def test_without_critics_it_acts_and_has_none(lora_run, tmp_path):
-    consolidate(lora_run[0], tmp_path / "export", include_critics=False)
+    consolidate(lora_run[0], tmp_path / "export", policy_only=True)
     policy = load_pretrained(tmp_path / "export").policy
     assert sorted(name for name, _ in policy.named_children()) == ["action_expert", "vlm"]
     observation = random_batch(policy.config, 2, seed=0).observation
     assert torch.isfinite(policy.predict_action_chunk(observation)).all()
 
 
-@pytest.mark.parametrize(
-    ("stage", "heads"),
-    [
-        ({"training": {"stage": "critic"}, "value": {"critic": "distributional"}}, ("critic",)),
-        ({"training": {"stage": "critic"}}, ("critic", "target_critic")),
-        ({"training": {"stage": "policy"}, "data": {"labels": "some"}}, ("action_expert",)),
-    ],
-    ids=["distributional", "iql", "policy"],
-)
+@pytest.mark.parametrize(("stage", "heads"), HEADS_OF_STAGES.values(), ids=HEADS_OF_STAGES)
 def test_every_stage_exports_the_heads_it_trained(tmp_path, stage, heads):
     trained = PiStarRECAPPolicy(tiny_config(model={"freeze_vlm": False}, **stage))
     make_run(tmp_path / "run", trained)
@@ -151,8 +147,8 @@ def test_every_stage_exports_the_heads_it_trained(tmp_path, stage, heads):
         expected |= {f"target_critic.{name}": value for name, value in expected_targets(trained).items()}
     assert_same(parameters(loaded), expected)
     if "critic" in heads:
-        with pytest.raises(UsageError, match="--no-critics: a run of stage critic holds nothing else"):
-            consolidate(tmp_path / "run", tmp_path / "none", include_critics=False)
+        with pytest.raises(UsageError, match="--policy-only: a run of stage critic holds no policy"):
+            consolidate(tmp_path / "run", tmp_path / "none", policy_only=True)
         assert not (tmp_path / "none").exists()
 
 
@@ -173,9 +169,9 @@ def test_an_export_replaces_an_export_and_nothing_else(lora_run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"merge_adapters": True}, "trained without adapters"),
+        ({"merge": True}, "trained without adapters"),
         ({"adapter_only": True}, "trained without adapters"),
-        ({"merge_adapters": True, "adapter_only": True}, "contradict each other"),
+        ({"merge": True, "adapter_only": True}, "contradict each other"),
     ],
 )
 def test_options_that_do_not_fit_the_run_are_refused(tmp_path, options, said):
@@ -198,24 +194,53 @@ def test_damage_is_found_before_anything_is_written(lora_run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-# -- DeepSpeed's own folders -------------------------------------------------------------------------------------------
+# -- the model card ----------------------------------------------------------------------------------------------------
 
 
-def test_deepspeeds_own_checkpoint_gives_the_same_export(two_ranks, tmp_path):
-    step = two_ranks[0] / "full/checkpoints/step_00000004"
-    ours = consolidate(step, tmp_path / "ours", weights="raw")
-    native = consolidate(step / "deepspeed/zero", tmp_path / "native")
-    assert native.provenance == ours.provenance and native.files == ours.files
+def test_the_card_says_where_the_weights_come_from_and_how_good_the_run_was(lora_run, tmp_path):
+    run = shutil.copytree(lora_run[0], tmp_path / "run", symlinks=True)
+    record = consolidate(run, tmp_path / "early")
+    card = (tmp_path / "early/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: recap_ds\n") and "base_model" not in card  # drawn at random
+    for line in (
+        "# tiny_lora",
+        "| run | tiny_lora |",
+        "| step | 9 |",
+        "| weights | average over training (EMA) |",
+        "| checkpoint | recap_ds files, 3 ranks |",
+        f"| checkpoint sha256 | {record.provenance.checkpoint_sha256} |",
+        f"| config sha256 | {record.config_sha256} |",
+        f"| data manifest | {CONTRACT.manifest_hash} |",
+        "| cameras | front, wrist |",
+        "- reach the cube",
+    ):
+        assert line in card.splitlines(), line
+    assert "## Results" not in card  # the run has not finished
+
+    (run / "summary.json").write_text(json.dumps({"step": 9, "evaluation": {"eval/loss": 0.123456, "eval/nll": None}}))
+    consolidate(run, tmp_path / "done")
+    consolidate(run / "step_00000005", tmp_path / "older", merge=True, policy_only=True)
+    done, older = ((tmp_path / name / "README.md").read_text() for name in ("done", "older"))
+    assert "in training, of this checkpoint.\n" in done and "| eval/loss | 0.1235 |\n| eval/nll | - |" in done
+    assert "of the run's last step, 9: not of this checkpoint" in older and "Adapter: merged" in older
+    assert "PeftModel" in done and "PeftModel" not in older and "critic" not in older.split("## Use")[0]
+
+    (run / "summary.json").write_text("half")
+    with pytest.raises(UsageError, match=r"summary\.json: cannot be read"):
+        consolidate(run, tmp_path / "never")
 
 
-def test_damage_in_deepspeeds_own_checkpoint_is_one_line(two_ranks, tmp_path):
-    run = shutil.copytree(two_ranks[0] / "full", tmp_path / "run", symlinks=True)
-    native = run / "checkpoints/step_00000004/deepspeed/zero"
-    with pytest.raises(UsageError, match="holds no average"):
-        consolidate(native, tmp_path / "export", weights="ema")
-    (native / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"half")
-    with pytest.raises(UsageError, match="DeepSpeed cannot read its checkpoint"):
-        consolidate(native, tmp_path / "export")
-    shutil.move(native, tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="lies in no run folder"):
-        consolidate(tmp_path / "elsewhere", tmp_path / "export")
+def test_the_card_may_be_edited(lora_run, tmp_path):
+    consolidate(lora_run[0], tmp_path / "export")
+    (tmp_path / "export/README.md").write_text("mine")
+    load_pretrained(tmp_path / "export")
+
+
+def test_a_model_on_the_hub_is_named_as_the_base(tmp_path):
+    policy = PiStarRECAPPolicy(make_config("full"))
+    model = policy.config.model.model_copy(update={"vlm_model_name": "google/paligemma-3b-pt-224"})
+    policy.config = policy.config.model_copy(update={"model": model})
+    make_run(tmp_path / "run", policy)
+    consolidate(tmp_path / "run", tmp_path / "export")
+    card = (tmp_path / "export/README.md").read_text()
+    assert 'base_model: "google/paligemma-3b-pt-224"' in card.split("---")[1]

@@ -37,7 +37,7 @@ def test_a_source_is_read_when_its_turn_comes_and_cast(tmp_path):
     order = []
 
     def reading(name):
-        return lambda: order.append(name) or torch.full((2,), 1 + 2**-12)
+        return lambda: order.append(name) or iter([torch.ones(1), torch.full((1,), 1 + 2**-12)])
 
     sources = {name: TensorSource((2,), torch.float32, reading(name)).cast(torch.bfloat16) for name in "ba"}
     assert order == []
@@ -73,7 +73,7 @@ def test_any_range_comes_back_whatever_the_cuts(reader):
     for start in range(11):
         for length in range(11 - start):
             assert reader.read("fp32", "p", start, length).tolist() == list(range(start, start + length))
-    assert reader.read_whole("ema", "p", (2, 5)).tolist() == (-torch.arange(10.0)).view(2, 5).tolist()
+    assert reader.read("ema", "p", 0, 10).tolist() == (-torch.arange(10.0)).tolist()
     assert reader.names("fp32") == {"p", "q"} and reader.names("ema") == {"p"}
 
 

@@ -20,13 +20,13 @@ from recap_ds.evaluate.offline import summarise
 from recap_ds.evaluate.records import Records, collect_records
 from recap_ds.evaluate.results import evaluate_dataset, open_held_out, results_table, write_results
 from recap_ds.models.losses import EvaluationOutput, normalizers
-from recap_ds.models.policy import PiStarRECAPPolicy
-from recap_ds.models.pretrained import load_pretrained, save_pretrained
+from recap_ds.models.pretrained import load_pretrained
 from recap_ds.processing.contract import RobotContract, TaskContract
 from recap_ds.processing.normalize import Normalizer
 from recap_ds.processing.tokens import build_tokenizer
 from tests.data.tiny_shards import flat_episode, mixed_set, write_tiny
-from tests.tiny import tiny_config, wake
+from tests.made_export import save_made
+from tests.tiny import tiny_config
 
 ALONE = Runtime(RankInfo(), torch.device("cpu"), "gloo")
 TOKENIZER = build_tokenizer("tiny")
@@ -50,28 +50,8 @@ def trained(tmp_path_factory) -> Trained:
         data={"held_out_fraction": 0.4},
         evaluation={"max_samples": MAX_SAMPLES, "num_flow_times": 2},
     )
-    contract = contract_of(shards, config)
-    policy = PiStarRECAPPolicy(config)
-    wake(policy)
-    save_pretrained(policy, contract, folder / "export")
+    contract = save_made(folder / "export", shards, config)
     return Trained(shards, config, contract, str(folder / "export"))
-
-
-def contract_of(shards: ShardSet, config: PiStarRECAPConfig) -> RobotContract:
-    manifest = shards.manifest
-    statistics = manifest.merged_statistics("state"), manifest.merged_statistics("actions")
-    return RobotContract(
-        cameras=manifest.cameras,
-        image_size=config.model.image_size,
-        state_dim=manifest.state_dim,
-        action_dim=manifest.action_dim,
-        fps=manifest.fps,
-        tasks={
-            name: TaskContract(prompt=task.prompt, max_length=task.longest) for name, task in manifest.tasks.items()
-        },
-        normalizer=Normalizer.of(*statistics, config).to_dict(),
-        manifest_hash=manifest.content_hash(),
-    )
 
 
 def evaluate(trained: Trained, *overrides: str) -> dict[str, Any]:

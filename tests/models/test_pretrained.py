@@ -8,24 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recap_ds.errors import UsageError
-from recap_ds.files.records import record_file, write_checked_json
+from recap_ds.files.records import record_file
 from recap_ds.models.export_format import EXPORT_NAME, ExportRecord
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.pretrained import load_pretrained, save_pretrained
-from recap_ds.processing.contract import RobotContract, TaskContract
 from recap_ds.processing.tokens import ByteTokenizer
+from tests.made_export import CONTRACT, HEADS_OF_STAGES
 from tests.tiny import random_batch, tiny_config, wake
 
-CONTRACT = RobotContract(
-    cameras=("front",),
-    image_size=32,
-    state_dim=4,
-    action_dim=5,
-    fps=10.0,
-    tasks={"reach": TaskContract(prompt="reach the cube", max_length=50)},
-    normalizer={},
-    manifest_hash="0" * 64,
-)
 KINDS = {
     "frozen": {},
     "lora": {"lora": {"enabled": True, "rank": 2}},
@@ -57,15 +47,7 @@ def test_what_is_saved_comes_back(tmp_path, overrides):
     assert torch.equal(*actions)
 
 
-@pytest.mark.parametrize(
-    ("stage", "heads"),
-    [
-        ({"training": {"stage": "critic"}, "value": {"critic": "distributional"}}, ("critic",)),
-        ({"training": {"stage": "critic"}}, ("critic", "target_critic")),
-        ({"training": {"stage": "policy"}, "data": {"labels": "some"}}, ("action_expert",)),
-    ],
-    ids=["distributional", "iql", "policy"],
-)
+@pytest.mark.parametrize(("stage", "heads"), HEADS_OF_STAGES.values(), ids=HEADS_OF_STAGES)
 def test_every_stage_comes_back_with_the_heads_it_has(tmp_path, stage, heads):
     policy = make_policy(**stage)
     record = save_pretrained(policy, CONTRACT, tmp_path / "export")
@@ -171,9 +153,9 @@ def rewrite(export, file, change):
     tensors = load_file(export / file)
     change(tensors)
     save_file(tensors, export / file)
-    body = ExportRecord.load(export).model_dump(mode="json")
-    body["files"][file] = record_file(export / file)
-    write_checked_json(export / EXPORT_NAME, body)
+    record = ExportRecord.load(export)
+    files = {**record.files, file: record_file(export / file)}
+    record.model_copy(update={"files": files}).save(export)
 
 
 @pytest.mark.parametrize("file", ["critic.safetensors", "vlm/model.safetensors", "adapter/adapter_model.safetensors"])

@@ -1,0 +1,40 @@
+"""``recap-ds bench WHAT``: measures this machine; prints one JSON line, with the baseline of the same run."""
+
+import argparse
+import json
+from pathlib import Path
+
+from recap_ds.cli.sizes import parse_bytes, parse_count
+
+MIN_PARAMETERS, MAX_PARAMETERS = 10**6, 10**11
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("bench", help="measure this machine", description="Each prints one JSON line.")
+    benches = parser.add_subparsers(metavar="WHAT", required=True)
+    add_consolidate(benches)
+
+
+def add_consolidate(benches: argparse._SubParsersAction) -> None:
+    parser = benches.add_parser(
+        "consolidate",
+        help="peak memory and time of an export, beside DeepSpeed's zero_to_fp32 on the same state",
+        description="Writes a made-up ZeRO-3 state of two ranks, exports it both ways, compares every tensor.",
+    )
+    parser.add_argument("--parameters", default="300M", metavar="N", help="of the policy (default: %(default)s)")
+    parser.add_argument(
+        "--shard-size", default="500MB", metavar="SIZE", help="of the VLM's files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to write meanwhile (default: the system's for temporary files)"
+    )
+    parser.set_defaults(run=run_consolidate)
+
+
+def run_consolidate(args: argparse.Namespace) -> int:
+    from recap_ds.bench.consolidate import bench_consolidate  # torch takes a second
+
+    num_parameters = parse_count("--parameters", args.parameters, MIN_PARAMETERS, MAX_PARAMETERS)
+    max_shard_bytes = parse_bytes("--shard-size", args.shard_size, 10**6, 10**12)
+    print(json.dumps(bench_consolidate(num_parameters, max_shard_bytes, args.folder)))
+    return 0
