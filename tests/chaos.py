@@ -304,7 +304,7 @@ def run_rounds(chaos: Chaos, num_rounds: int, seed: int) -> Counter:
         try:
             before = max(layout.step_folders(chaos.checkpoints), default=0)
             # No sooner than a first checkpoint: before that a full disk ends the run, as it should.
-            at_step = max(SAVE_EVERY + 1, before + draw.randrange(1, STEPS_PER_ROUND))
+            at_step = max(SAVE_EVERY + 1, before + draw.randrange(1, 2 * SAVE_EVERY + 1))
             became = chaos.happen(kind, job, at_step, draw)
         finally:
             job.destroy()

@@ -7,12 +7,14 @@ from pathlib import Path
 from recap_ds.cli.sizes import parse_bytes, parse_count
 
 MIN_PARAMETERS, MAX_PARAMETERS = 10**6, 10**11
+MAX_REPEATS = 100
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("bench", help="measure this machine", description="Each prints one JSON line.")
     benches = parser.add_subparsers(metavar="WHAT", required=True)
     add_consolidate(benches)
+    add_resume(benches)
 
 
 def add_consolidate(benches: argparse._SubParsersAction) -> None:
@@ -37,4 +39,27 @@ def run_consolidate(args: argparse.Namespace) -> int:
     num_parameters = parse_count("--parameters", args.parameters, MIN_PARAMETERS, MAX_PARAMETERS)
     max_shard_bytes = parse_bytes("--shard-size", args.shard_size, 10**6, 10**12)
     print(json.dumps(bench_consolidate(num_parameters, max_shard_bytes, args.folder)))
+    return 0
+
+
+def add_resume(benches: argparse._SubParsersAction) -> None:
+    parser = benches.add_parser(
+        "resume",
+        help="how long a save stops training, in the foreground and in the background, and a load",
+        description="Saves and loads a made-up ZeRO-3 state of one rank: 16 bytes per parameter, as in training.",
+    )
+    parser.add_argument("--parameters", default="100M", metavar="N", help="trainable ones (default: %(default)s)")
+    parser.add_argument("--repeats", default="3", metavar="N", help="medians over so many (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to measure (default: the system's for temporary files)"
+    )
+    parser.set_defaults(run=run_resume)
+
+
+def run_resume(args: argparse.Namespace) -> int:
+    from recap_ds.bench.resume import bench_resume  # torch takes a second
+
+    num_parameters = parse_count("--parameters", args.parameters, MIN_PARAMETERS, MAX_PARAMETERS)
+    num_repeats = parse_count("--repeats", args.repeats, 1, MAX_REPEATS)
+    print(json.dumps(bench_resume(num_parameters, num_repeats, args.folder)))
     return 0
