@@ -326,5 +326,5 @@ class CollectConfig(Section):
     # Without --checkpoint a mediocre expert stands in for the policy: its speed, and in the same units the spread of a
     # bias that it keeps for an episode and of its noise in every frame.
     expert_speed: float = Field(0.6, gt=0, le=1)
-    expert_bias: float = Field(0.3, ge=0)
+    expert_bias: float = Field(0.1, ge=0)
     expert_noise: float = Field(0.5, ge=0)
