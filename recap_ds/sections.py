@@ -44,7 +44,12 @@ class ModelConfig(Section):
     # Tiny VLM only: four strided convolutions in place of the patch projection; trains far faster from scratch.
     conv_stem: bool = False
 
-    action_expert: Literal["dit_cross"] = "dit_cross"
+    # dit_cross: a transformer of its own size that cross-attends to the VLM's last features. pi_joint: the Gemma expert
+    # of pi0 and pi0.5, which attends to every layer of the VLM, so action_expert_num_{layers,heads} are the VLM's.
+    action_expert: Literal["dit_cross", "pi_joint"] = "dit_cross"
+    # Of pi_joint. pi05: flow time modulates the norms; the expert is not shown the state (pi0.5 has it in the prompt).
+    # pi0: flow time is mixed into the actions, the state is a token.
+    pi_version: Literal["pi05", "pi0"] = "pi05"
     action_expert_hidden_size: int = Field(1024, ge=8)
     action_expert_num_layers: int = Field(6, ge=1)
     action_expert_num_heads: int = Field(8, ge=1)
@@ -66,12 +71,16 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self):
+        # A joint expert's heads have the width of the VLM's, whatever its own is.
+        expert_heads = self.action_expert_num_heads if self.action_expert == "dit_cross" else 1
         for width, heads, names in (
-            (self.action_expert_hidden_size, self.action_expert_num_heads, "action_expert_{hidden_size,num_heads}"),
+            (self.action_expert_hidden_size, expert_heads, "action_expert_{hidden_size,num_heads}"),
             (self.qv_hidden_size, self.qv_num_heads, "qv_{hidden_size,num_heads}"),
         ):
             if width % heads or (width // heads) % 2:
                 raise ValueError(f"model.{names}: {width} does not divide into {heads} heads of even width")
+        if self.action_expert == "pi_joint" and self.action_expert_dropout > 0:
+            raise ValueError("model.action_expert_dropout: pi_joint has none, as its published weights; set 0")
         return self
 
 

@@ -10,9 +10,10 @@ from typing import TypeVar
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.models.building import Builder
+from recap_ds.models.experts import needs_keys, pi_dimensions
 from recap_ds.models.own_architecture import Rehearsal, load_architecture, rehearse, stored_name_reader
 from recap_ds.models.own_backbone import OwnBackbone
-from recap_ds.models.vlm import VisionLanguageModel
+from recap_ds.models.vlm import VisionLanguageModel, tiny_config
 from recap_ds.models.vlm_weights import load_vlm_config, locate_vlm, model_name
 
 Vlm = VisionLanguageModel | OwnBackbone
@@ -23,7 +24,8 @@ def build_vlm(config: PiStarRECAPConfig, builder: Builder, folder: str | None) -
     """``folder`` overrides where its weights are read from. Collective where ``builder`` shards."""
     if config.has_own_backbone:
         return OwnBackbone(config, builder, folder)
-    return VisionLanguageModel(config.model, config.lora, builder, config.training.seed, folder)
+    seed, with_keys = config.training.seed, needs_keys(config)
+    return VisionLanguageModel(config.model, config.lora, builder, seed, folder, with_keys)
 
 
 def check_vlm(config: PiStarRECAPConfig) -> None:
@@ -31,8 +33,11 @@ def check_vlm(config: PiStarRECAPConfig) -> None:
     folder = locate_vlm(config.vlm_source)
     if config.has_own_backbone:
         _rehearsed(config, folder)
-    elif folder is not None:
-        load_vlm_config(folder, config.model.image_size)
+        return
+    image_size = config.model.image_size
+    architecture = tiny_config(image_size) if folder is None else load_vlm_config(folder, image_size)
+    if needs_keys(config):
+        pi_dimensions(config.model, architecture.text_config)
 
 
 def check_start_vlm(config: PiStarRECAPConfig, start: Path) -> None:

@@ -14,7 +14,7 @@ from recap_ds.algo.advantage import INDICATOR_IDS
 from recap_ds.algo.flow_matching import noisy_action, target_velocity
 from recap_ds.batch import TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
-from recap_ds.models.dit_cross import DiTCrossExpert
+from recap_ds.models.experts import ActionExpert
 from recap_ds.models.losses import count_flow_elements
 from recap_ds.models.sampling import sample_actions
 from recap_ds.models.vlm import PrefixFeatures
@@ -32,7 +32,7 @@ class FlowEvaluation(NamedTuple):
 
 
 def flow_losses(
-    expert: DiTCrossExpert, batch: TransitionBatch, prefix: PrefixFeatures, indicator: Tensor, weight: Tensor
+    expert: ActionExpert, batch: TransitionBatch, prefix: PrefixFeatures, indicator: Tensor, weight: Tensor
 ) -> FlowOutput:
     """``indicator`` and ``weight`` [B]."""
     error = _flow_error(expert, batch, prefix, indicator[:, None].expand_as(batch.time))
@@ -41,7 +41,7 @@ def flow_losses(
 
 
 def evaluate_flow(
-    expert: DiTCrossExpert, config: PiStarRECAPConfig, batch: TransitionBatch, prefix: PrefixFeatures
+    expert: ActionExpert, config: PiStarRECAPConfig, batch: TransitionBatch, prefix: PrefixFeatures
 ) -> FlowEvaluation:
     flow_errors = [
         _flow_error(expert, batch, prefix, torch.full_like(batch.time, indicator, dtype=torch.long))
@@ -72,7 +72,7 @@ def source_weight(config: PiStarRECAPConfig, batch: TransitionBatch) -> Tensor:
     return sum(weight * (batch.source == source) for source, weight in enumerate(config.recap.source_weights))
 
 
-def _flow_error(expert: DiTCrossExpert, batch: TransitionBatch, prefix: PrefixFeatures, indicator: Tensor) -> Tensor:
+def _flow_error(expert: ActionExpert, batch: TransitionBatch, prefix: PrefixFeatures, indicator: Tensor) -> Tensor:
     """Squared velocity error [B, F], summed over valid frames and real dims; ``indicator`` [B, F]."""
     mask = (batch.action_valid[:, None, :, None] & batch.action_dim_mask[:, None, None, :]).float()
     actions = batch.actions[:, None]

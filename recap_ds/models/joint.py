@@ -17,7 +17,7 @@ from recap_ds.algo.iql import extraction_weight
 from recap_ds.batch import TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.models.critics import Critic, QNetworks
-from recap_ds.models.dit_cross import DiTCrossExpert
+from recap_ds.models.experts import ActionExpert
 from recap_ds.models.flow_losses import evaluate_flow, flow_losses, source_weight
 from recap_ds.models.iql_losses import critic_losses
 from recap_ds.models.losses import EvaluationOutput, LossNormalizers, TrainOutput
@@ -30,7 +30,7 @@ class Parts(NamedTuple):
     """What the stage trains and reads; modules of one container."""
 
     vlm: VisionLanguageModel
-    action_expert: DiTCrossExpert
+    action_expert: ActionExpert
     critic: Critic
     target_critic: QNetworks
 

@@ -1,7 +1,7 @@
 """Parts shared by the action expert and the critics.
 
 Every module uses the parameters it owns inside its own ``forward``: ZeRO-3 gathers them there and nowhere else.
-B batch, Q queries, T context tokens, D width, N heads.
+B batch, Q queries, T context tokens, D width, N heads, d head dim.
 """
 
 import math
@@ -14,12 +14,13 @@ from torch.nn import functional
 def sincos_embedding(position: Tensor, dim: int, min_period: float, max_period: float) -> Tensor:
     """[sin, cos] features of a scalar [...] -> [..., dim], float32; periods log-spaced (openpi's time embedding).
 
-    Computed where it is used: a table kept as a buffer would be rounded to bfloat16 by zero.Init.
+    Computed where it is used: a table kept as a buffer would be rounded to bfloat16 by zero.Init. In float64 until the
+    end, as openpi has it: the fastest angle passes a thousand radians, where float32 is off by 1e-4.
     """
-    fraction = torch.linspace(0.0, 1.0, dim // 2, device=position.device, dtype=torch.float32)
+    fraction = torch.linspace(0.0, 1.0, dim // 2, device=position.device, dtype=torch.float64)
     period = min_period * (max_period / min_period) ** fraction
-    angle = position.float()[..., None] * (2 * math.pi / period)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+    angle = position.double()[..., None] * (2 * math.pi / period)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -40,6 +41,33 @@ def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     out = out.transpose(1, 2).flatten(2)
     return out if key_mask is None else out * alive[..., None]
+
+
+def attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """[B, N, Q, d] over fewer key-value heads [B, K, T, d] -> [B, Q, N * d].
+
+    ``mask`` [B, 1, 1 or Q, T], True = attends; every row has to see something.
+    The N / K heads that share a key line up as queries of it: any kernel of PyTorch then serves, and no key is copied.
+    """
+    num_groups = query.shape[1] // key.shape[1]
+    if mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, num_groups, 1)
+    out = query.unflatten(1, (key.shape[1], num_groups)).flatten(2, 3)
+    out = functional.scaled_dot_product_attention(out, key, value, attn_mask=mask)
+    return out.unflatten(2, (num_groups, -1)).flatten(1, 2).transpose(1, 2).flatten(2)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """[B, T] -> [B, T, head_dim / 2], float32; computed where they are used (see ``sincos_embedding``)."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    return positions[..., None].float() * theta**-exponent
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary position embedding of [B, N, T, d] by [B, T, d / 2]: Gemma pairs a dim with the one half a head away."""
+    cos, sin = (part[:, None].to(x.dtype) for part in (angles.cos(), angles.sin()))
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class FeedForward(nn.Module):
@@ -94,3 +122,10 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+class ZeroEmbedding(nn.Embedding):
+    """Embedding that starts at zero, for the reason ``ZeroLinear`` has."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)

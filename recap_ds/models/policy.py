@@ -24,7 +24,7 @@ from recap_ds.models.backbones import build_vlm
 from recap_ds.models.building import Builder
 from recap_ds.models.critic_stage import CriticParts, critic_evaluation, critic_step
 from recap_ds.models.critics import Critic, QNetworks
-from recap_ds.models.dit_cross import DiTCrossExpert
+from recap_ds.models.experts import build_expert
 from recap_ds.models.export_weights import load_export, load_state, save_export, save_state
 from recap_ds.models.joint import Parts, joint_evaluation, joint_step
 from recap_ds.models.losses import (
@@ -77,7 +77,7 @@ class PiStarRECAPPolicy(nn.Module):
         config = self.config
         action_dim, state_dim = config.max_action_dim, config.max_state_dim
         if "action_expert" in config.heads:
-            self.action_expert = DiTCrossExpert(model, width, state_dim, action_dim)
+            self.action_expert = build_expert(config, self.vlm.network)
         if "target_critic" in config.heads:
             self.critic = Critic(model, width, state_dim, config.chunk_size, action_dim)
             # The Q networks' slow twin; under an engine distributed.shadows moves it.

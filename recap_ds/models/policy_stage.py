@@ -15,7 +15,7 @@ from recap_ds.algo.advantage import INDICATOR_IDS
 from recap_ds.algo.iql import extraction_weight
 from recap_ds.batch import TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
-from recap_ds.models.dit_cross import DiTCrossExpert
+from recap_ds.models.experts import ActionExpert
 from recap_ds.models.flow_losses import evaluate_flow, flow_losses, source_weight
 from recap_ds.models.losses import EvaluationOutput, LossNormalizers, TrainOutput
 from recap_ds.models.pixels import to_pixels, training_pixels
@@ -26,7 +26,7 @@ class PolicyParts(NamedTuple):
     """What the stage trains and reads; modules of one container."""
 
     vlm: VisionLanguageModel
-    action_expert: DiTCrossExpert
+    action_expert: ActionExpert
 
 
 def policy_step(

@@ -1,5 +1,7 @@
 """Prefixes of one batch: which observations a stage encodes, and with whose images. All [B, ...]."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,7 @@ def encode_both(
             return prefix, vlm(later, next_pixels)
     both = Observation(*(torch.cat(pair) for pair in zip(now, later, strict=True)))
     encoded = vlm(both, torch.cat([pixels, next_pixels]))
-    first, second = zip(*(part.chunk(2) for part in encoded), strict=True)
-    return PrefixFeatures(*first), PrefixFeatures(*second)
+    return _each(lambda part: part.chunk(2)[0], encoded), _each(lambda part: part.chunk(2)[1], encoded)
 
 
 def encode_shuffled(vlm: Vlm, batch: TransitionBatch, pixels: Tensor) -> PrefixFeatures:
@@ -30,4 +31,9 @@ def encode_shuffled(vlm: Vlm, batch: TransitionBatch, pixels: Tensor) -> PrefixF
 
 
 def detached(prefix: PrefixFeatures) -> PrefixFeatures:
-    return PrefixFeatures(prefix.hidden.detach(), prefix.mask)
+    return _each(Tensor.detach, prefix)
+
+
+def _each(function: Callable[[Tensor], Tensor], prefix: PrefixFeatures) -> PrefixFeatures:
+    keys, values = (tuple(map(function, layers)) for layers in (prefix.keys, prefix.values))
+    return PrefixFeatures(function(prefix.hidden), function(prefix.mask), keys, values)

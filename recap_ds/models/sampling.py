@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recap_ds.algo.advantage import INDICATOR_IDS
 from recap_ds.algo.flow_matching import euler, guided_velocity
-from recap_ds.models.dit_cross import DiTCrossExpert
+from recap_ds.models.experts import ActionExpert
 from recap_ds.models.vlm import PrefixFeatures
 
 AdvantageLevel = Literal["positive", "negative"]
@@ -18,7 +18,7 @@ AdvantageName = AdvantageLevel | None
 
 
 def sample_actions(
-    expert: DiTCrossExpert,
+    expert: ActionExpert,
     prefix: PrefixFeatures,
     state: Tensor,
     noise: Tensor,

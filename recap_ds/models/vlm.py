@@ -19,7 +19,9 @@ from recap_ds.batch import Observation
 from recap_ds.config import LoraConfig, ModelConfig
 from recap_ds.errors import UsageError
 from recap_ds.models.building import Builder, fill
+from recap_ds.models.layers import rotary_angles
 from recap_ds.models.lora import add_adapters
+from recap_ds.models.prefix_keys import encode_with_keys
 from recap_ds.models.vlm_weights import checkpoint_tensors, load_vlm_config, locate_vlm, random_tensors
 
 TINY = "tiny"
@@ -30,6 +32,9 @@ TINY_PATCH_SIZE = 16
 class PrefixFeatures(NamedTuple):
     hidden: Tensor  # [B, T, D]
     mask: Tensor  # [B, T] bool, True = a real token
+    # Per layer [B, key-value heads, T, head dim], keys rotated; empty where no expert asked for them.
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
 
 
 class ConvStem(nn.Module):
@@ -73,8 +78,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, T, head_dim] of the positions [B, T], in the dtype of ``x``."""
-        exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32) / self.head_dim
-        angle = position_ids[..., None].float() * self.theta**-exponent
+        angle = rotary_angles(position_ids, self.head_dim, self.theta)
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
@@ -82,24 +86,25 @@ class RotaryEmbedding(nn.Module):
 class VisionLanguageModel(nn.Module):
     """Frozen, LoRA-adapted or fully trained PaliGemma; ``trainable`` says whether gradients flow into it."""
 
-    def __init__(self, config: ModelConfig, lora: LoraConfig, builder: Builder, seed: int, folder: str | None = None):
-        # Imported here: transformers takes seconds, and `recap-ds` verbs without a model should not wait for it.
-        from transformers import PaliGemmaModel
-        from transformers.initialization import no_init_weights
-
+    def __init__(
+        self,
+        config: ModelConfig,
+        lora: LoraConfig,
+        builder: Builder,
+        seed: int,
+        folder: str | None = None,
+        with_keys: bool = False,
+    ):
+        """``with_keys``: the prefix brings every layer's keys and values, for an action expert that attends to them."""
         super().__init__()
         source = Path(folder) if folder else locate_vlm(config.vlm_source)
         vlm_config = tiny_config(config.image_size) if source is None else load_vlm_config(source, config.image_size)
         self.trainable = lora.enabled or not config.freeze_vlm
         # A named folder (an export) always brings weights.
         self.random_init = folder is None and (source is None or config.vlm_random_init)
-        with builder.context(), no_init_weights():
-            self.paligemma = PaliGemmaModel(vlm_config)
-            if config.conv_stem:
-                vision = vlm_config.vision_config
-                stem = ConvStem(vision.hidden_size, vision.patch_size)
-                self.paligemma.vision_tower.embeddings.patch_embedding = stem
-        self.paligemma.language_model.rotary_emb = RotaryEmbedding(vlm_config.text_config)
+        self.with_keys = with_keys
+        self.activation_checkpointing = False
+        self.paligemma = build_paligemma(vlm_config, builder, config.conv_stem)
         if self.random_init:
             fill(self.paligemma, random_tensors(self.paligemma, builder, seed), builder)
         else:
@@ -116,6 +121,7 @@ class VisionLanguageModel(nn.Module):
         return self.paligemma
 
     def enable_activation_checkpointing(self) -> None:
+        self.activation_checkpointing = True
         for tower in (self.paligemma.vision_tower, self.paligemma.language_model):
             tower.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
@@ -125,23 +131,62 @@ class VisionLanguageModel(nn.Module):
             return self._encode(observation, pixels)
 
     def _encode(self, observation: Observation, pixels: Tensor) -> PrefixFeatures:
-        batch_size = pixels.shape[0]
-        patches = self.paligemma.vision_tower(pixels.flatten(0, 1)).last_hidden_state
-        images = self.paligemma.multi_modal_projector(patches).unflatten(0, (batch_size, -1))  # [B, C, N, D]
-        image_mask = observation.camera_mask[:, :, None].expand(-1, -1, images.shape[2])
-        words = self.paligemma.language_model.embed_tokens(observation.tokens)
-        embeddings = torch.cat([images.flatten(1, 2), words], dim=1)
-        mask = torch.cat([image_mask.flatten(1), observation.token_mask], dim=1)
-        # Bidirectional: every token sees every real token. Positions skip what is masked, as in openpi. A row with no
-        # real token (the observation after an end) sees all its padding: attention over nothing may be NaN.
-        visible = mask | ~mask.any(dim=1, keepdim=True)
+        if self.with_keys:
+            return encode_with_layers(self.paligemma, observation, pixels, self.activation_checkpointing)
+        embeddings, visible, position_ids, mask = embed(self.paligemma, observation, pixels)
         hidden = self.paligemma.language_model(
             inputs_embeds=embeddings,
-            attention_mask=visible[:, None, None, :].expand(-1, 1, mask.shape[1], -1),
-            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            attention_mask=visible.expand(-1, 1, mask.shape[1], -1),
+            position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
         return PrefixFeatures(hidden, mask)
+
+
+def build_paligemma(vlm_config, builder: Builder, conv_stem: bool = False) -> nn.Module:
+    """PaliGemmaModel without values in its parameters, with rotary angles that no precision rounds."""
+    # Imported here: transformers takes seconds, and `recap-ds` verbs without a model should not wait for it.
+    from transformers import PaliGemmaModel
+    from transformers.initialization import no_init_weights
+
+    with builder.context(), no_init_weights():
+        paligemma = PaliGemmaModel(vlm_config)
+        if conv_stem:
+            vision = vlm_config.vision_config
+            paligemma.vision_tower.embeddings.patch_embedding = ConvStem(vision.hidden_size, vision.patch_size)
+    paligemma.language_model.rotary_emb = RotaryEmbedding(vlm_config.text_config)
+    return paligemma
+
+
+class Embedded(NamedTuple):
+    """The prefix before the first layer: images, then prompt."""
+
+    embeddings: Tensor  # [B, T, D]
+    visible: Tensor  # [B, 1, 1, T] bool, True = may be attended to
+    position_ids: Tensor  # [B, T]
+    mask: Tensor  # [B, T] bool, True = a real token
+
+
+def embed(paligemma: nn.Module, observation: Observation, pixels: Tensor) -> Embedded:
+    patches = paligemma.vision_tower(pixels.flatten(0, 1)).last_hidden_state
+    images = paligemma.multi_modal_projector(patches).unflatten(0, (len(pixels), -1))  # [B, C, N, D]
+    image_mask = observation.camera_mask[:, :, None].expand(-1, -1, images.shape[2])
+    words = paligemma.language_model.embed_tokens(observation.tokens)
+    embeddings = torch.cat([images.flatten(1, 2), words], dim=1)
+    mask = torch.cat([image_mask.flatten(1), observation.token_mask], dim=1)
+    # Bidirectional: every token sees every real token. Positions skip what is masked, as in openpi. A row with no
+    # real token (the observation after an end) sees all its padding: attention over nothing may be NaN.
+    visible = mask | ~mask.any(dim=1, keepdim=True)
+    return Embedded(embeddings, visible[:, None, None, :], (mask.long().cumsum(dim=1) - 1).clamp(min=0), mask)
+
+
+def encode_with_layers(
+    paligemma: nn.Module, observation: Observation, pixels: Tensor, checkpointing: bool
+) -> PrefixFeatures:
+    """The prefix with every layer's keys and values."""
+    embeddings, visible, position_ids, mask = embed(paligemma, observation, pixels)
+    hidden, keys, values = encode_with_keys(paligemma.language_model, embeddings, visible, position_ids, checkpointing)
+    return PrefixFeatures(hidden, mask, keys, values)
 
 
 def _load(paligemma: nn.Module, folder: Path, builder: Builder) -> None:
