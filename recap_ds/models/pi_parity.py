@@ -85,6 +85,10 @@ class ReferenceConfig(_Part):
             raise ValueError("num_heads has to be a multiple of num_kv_heads, and head_dim even")
         if self.expert.width % 2:
             raise ValueError(f"expert.width is {self.expert.width}; it has to be even: sines and cosines")
+        if self.vision.hidden_size % self.vision.num_attention_heads:
+            raise ValueError(f"vision.hidden_size does not divide into {self.vision.num_attention_heads} heads")
+        if self.vision.image_size < self.vision.patch_size:
+            raise ValueError(f"vision.image_size is {self.vision.image_size}, less than one patch")
         if self.vision.projection_dim != self.text.width:
             raise ValueError(f"vision.projection_dim is {self.vision.projection_dim} and text.width {self.text.width}")
         return self
