@@ -21,6 +21,7 @@ setup(
         "safetensors>=0.5,<1",
         "numpy>=1.26,<3",
         "packaging>=23",
+        "psutil>=5.9",
         "pyarrow>=17",
         "pillow>=10.1",
         "tqdm>=4.66",

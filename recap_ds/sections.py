@@ -190,6 +190,19 @@ class TrainingConfig(Section):
     resume: Literal["auto", "never"] = "auto"
     # Optimizer steps in a row that may be skipped for NaN or inf before the run stops.
     max_skipped_steps: int = Field(10, ge=1)
+    # A loss spike is a step whose loss is above the median of the last spike_window_steps by more than spike_deviations
+    # robust standard deviations. skip: such a step changes no weight, and spike_max_in_a_row of them end the run.
+    # rollback: as many instead take it back to the checkpoint before them, to go on behind their samples.
+    spike_action: Literal["off", "skip", "rollback"] = "off"
+    spike_deviations: float = Field(10.0, gt=0)
+    spike_window_steps: int = Field(200, ge=10)
+    spike_max_in_a_row: int = Field(5, ge=1)
+    spike_max_rollbacks: int = Field(3, ge=1)
+    # From the start of the process; then the run saves and exits with code 75, as at a signal. None: no limit.
+    max_wall_minutes: float | None = Field(None, gt=0)
+    # So long without a step, an evaluated batch or a save, and every rank writes its stacks to runs/NAME/failures and
+    # the job ends. Longer than the longest of these ever takes, the first batch and the download of weights too.
+    hang_timeout_seconds: float | None = Field(1800.0, gt=0)
     # Stop when evaluation.gate has not improved for so many evaluations; None trains to the end.
     early_stop_evaluations: int | None = Field(None, ge=1)
 

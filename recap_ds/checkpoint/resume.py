@@ -29,19 +29,21 @@ from recap_ds.distributed.tiles import (
 from recap_ds.errors import UsageError
 
 
-def find_checkpoint(checkpoints: Path, runtime: Runtime) -> Path | None:
+def find_checkpoint(checkpoints: Path, runtime: Runtime, up_to_step: int | None = None) -> Path | None:
     """The newest checkpoint that verifies, the same on every rank; rank 0 prints a line for each one it skips.
 
-    None where there is none at all. UsageError where there are some and none verifies: a run that began anew would
-    write over them. Collective: every rank must call.
+    With ``up_to_step``, of those up to that step. None where there is none at all. UsageError where there are some and
+    none verifies: a run that began anew would write over them. Collective: every rank must call.
     """
-    found = on_main(runtime, lambda: _newest_whole(checkpoints))
+    found = on_main(runtime, lambda: _newest_whole(checkpoints, up_to_step))
     return None if found is None else Path(found)
 
 
-def _newest_whole(checkpoints: Path) -> str | None:
+def _newest_whole(checkpoints: Path, up_to_step: int | None) -> str | None:
     reasons = []
-    for folder in reversed(layout.step_folders(checkpoints).values()):
+    for step, folder in reversed(layout.step_folders(checkpoints).items()):
+        if up_to_step is not None and step > up_to_step:
+            continue
         problems = verify_checkpoint(folder)
         if not problems:
             return str(folder)

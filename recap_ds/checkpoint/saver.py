@@ -79,6 +79,16 @@ class CheckpointSaver:
         self._room = HostCopy([tile.values for tile in live_tiles(engine, shadows)]) if keep.background else None
 
     @property
+    def newest_step(self) -> int | None:
+        """Of the newest checkpoint that is whole; one that is still being written is not."""
+        return self._newest_step
+
+    def rewind(self, step: int) -> None:
+        """The run went back to the checkpoint of ``step``: what is newer is not its own any more."""
+        assert self._background is None, "finish first"
+        self._newest_step = step
+
+    @property
     def writing(self) -> bool:
         """This rank's part of what every rank posts at a step boundary."""
         return self._background is not None and self._background.running

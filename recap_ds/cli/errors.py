@@ -1,4 +1,5 @@
-"""How programs end: 0 done, 2 a wrong input with its one line, 1 a run that could not go on with its one line.
+"""How programs end: 0 done, 2 a wrong input with its one line, 1 a run that could not go on with its one line, 75 a
+run that was asked to stop and has saved (start it again to go on).
 
 Under the ``deepspeed`` launcher the first rank that exits non-zero takes the others down, so the rank that speaks must
 be first: other local ranks wait for it.
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from recap_ds.errors import RunFailed, UsageError
+from recap_ds.errors import EXIT_STOPPED, RunFailed, RunStopped, UsageError
 
 # How long local ranks above 0 wait to be ended by the launcher before they speak for themselves.
 SILENCE_SECONDS = 30.0
@@ -32,6 +33,8 @@ def run_program(program: Callable[[Sequence[str]], int], arguments: Sequence[str
         return _explain(error, 2)
     except RunFailed as error:
         return _explain(error, 1)
+    except RunStopped:  # it has said so itself
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
 

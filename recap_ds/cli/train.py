@@ -3,11 +3,13 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from recap_ds.cli.errors import Parser, run_program
 from recap_ds.config import PiStarRECAPConfig
+from recap_ds.train.stopping import StopSignals
 
 
 def build_parser() -> Parser:
@@ -26,8 +28,14 @@ def build_parser() -> Parser:
 
 
 def run(arguments: Sequence[str], quickstart: Path) -> int:
+    began = time.monotonic()
     parsed = build_parser().parse_intermixed_args(arguments)
-    from recap_ds.distributed.runtime import read_rank_info, stop_runtime
+    with StopSignals() as signals:
+        return run_parsed(parsed, quickstart, signals, began)
+
+
+def run_parsed(parsed: argparse.Namespace, quickstart: Path, signals: StopSignals, began: float) -> int:
+    from recap_ds.distributed.runtime import read_rank_info
     from recap_ds.recipe import load_config
     from recap_ds.train.quickstart import ensure_quickstart_shards
     from recap_ds.train.session import plan_session
@@ -40,11 +48,9 @@ def run(arguments: Sequence[str], quickstart: Path) -> int:
     plan = plan_session(config, parsed.deepspeed, info)
     summary = plan.run.finished_summary()
     if summary is None:
-        from recap_ds.train.loop import train
-        from recap_ds.train.session import start_session
+        from recap_ds.train.program import run_training
 
-        summary = train(start_session(plan))
-        stop_runtime()
+        summary = run_training(plan, signals, began)
     elif info.is_main and (ignored := plan.run.ignored_settings(config)):
         print(
             f"note: {plan.run.path} is finished and keeps the figures it was judged by: {', '.join(ignored)} changes "

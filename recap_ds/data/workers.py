@@ -1,7 +1,8 @@
 """Loader worker processes: how they start, and which signals reach them.
 
-Preemption (SIGTERM, SIGUSR1) and Ctrl-C are sent to whole process groups. What to do about them is the training
-process's decision, and it may need its workers until it has done it: they ignore these signals, and die when it exits.
+Preemption (SIGTERM, SIGUSR1), Ctrl-C and a closed terminal (SIGHUP) are sent to whole process groups. What to do about
+them is the training process's decision, and it may need its workers until it has done it: they ignore these signals,
+and die when it exits.
 """
 
 import atexit
@@ -19,7 +20,7 @@ import torch
 
 from recap_ds.config import DataConfig
 
-SHIELDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SHIELDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def worker_options(data: DataConfig) -> dict:

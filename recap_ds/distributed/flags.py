@@ -24,7 +24,10 @@ class StepFlags(NamedTuple):
 
 
 class FlagExchange:
-    """Collective: every rank must build it, call ``exchange`` equally often, and close it."""
+    """Collective: every rank must build it, call ``exchange`` equally often, and close it (``with`` does).
+
+    After an error there is nobody left to agree with: ``with`` then leaves it as it is.
+    """
 
     def __init__(self) -> None:
         self._group = torch.distributed.new_group(backend="gloo") if world_size() > 1 else None
@@ -50,6 +53,13 @@ class FlagExchange:
         if self._group is not None:
             torch.distributed.destroy_process_group(self._group)
             self._group = None
+
+    def __enter__(self) -> "FlagExchange":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
+            self.close()
 
     def _collect(self) -> StepFlags:
         if self._work is not None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 
+from recap_ds.distributed.interface import interface_towards
 from recap_ds.errors import UsageError
 
 
@@ -151,6 +152,9 @@ def _complete_environment(info: RankInfo) -> None:
         # Nobody else has to find this one, and a launcher's default port may be another job's on this machine.
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.update(RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world))
+    if info.local_world < info.world and (interface := interface_towards(os.environ["MASTER_ADDR"])):
+        # The step flags are gloo's on any accelerator: it must find the other machines as MASTER_ADDR is found.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _free_port() -> int:
@@ -199,3 +203,14 @@ def peak_memory_bytes() -> int:
     from deepspeed.accelerator import get_accelerator
 
     return int(get_accelerator().max_memory_allocated())
+
+
+def memory_report() -> str:
+    """What this rank's accelerator has in use, a figure per line; on a CPU, the peak of the process."""
+    if accelerator_is_cpu():
+        return f"peak resident set: {peak_memory_bytes()} bytes\n"
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    lines = [f"{name}: {value}" for name, value in sorted(accelerator.memory_stats().items())]
+    return "\n".join([f"device memory: {accelerator.total_memory()} bytes", *lines, ""])

@@ -8,10 +8,11 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recap_ds.errors import RunFailed, UsageError
+from recap_ds.errors import EXIT_STOPPED, RunFailed, RunStopped, UsageError
 from recap_ds.iterate.folder import IterationFolder, check_settings
 from recap_ds.iterate.recipe import IterationRecipe, TrainingJob
 
@@ -103,6 +104,9 @@ def _run(what: str, command: Sequence[str]) -> None:
         if process.poll() is None:  # Ctrl-C reached us both; do not leave before it
             process.terminate()
             process.wait()
+    if code == EXIT_STOPPED:
+        print(f"{what} was stopped; the same command goes on from there", file=sys.stderr)
+        raise RunStopped(what)
     if code != 0:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         raise RunFailed(f"{what} {how}; what is done stays done, the same command goes on from there")

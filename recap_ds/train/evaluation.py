@@ -53,6 +53,7 @@ class HeldOutEvaluation:
         unused = normalizers(torch.ones(len(LossNormalizers._fields), device=device))
 
         def forward(batch: TransitionBatch) -> EvaluationOutput:
+            self._session.watch.mark("held-out evaluation")
             return engine(batch, "evaluate", scale, unused, False)
 
         averaged = shadows["ema"].swapped_into_online() if "ema" in shadows else contextlib.nullcontext()

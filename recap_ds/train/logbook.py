@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from recap_ds.config import LoggingConfig
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunStopped, UsageError
 from recap_ds.files.lines import LineFile
 from recap_ds.train.run_folder import RunFolder
 
@@ -57,6 +57,16 @@ class Logbook:
             raise UsageError(f"logging.wandb: {mode} does not work here ({error}); set logging.wandb=offline") from None
         return self._wandb.id
 
+    def rewind(self, step: int) -> None:
+        """Forget the lines after ``step``. wandb cannot, and takes none until the run is past where it was."""
+        if not self._is_main:
+            return
+        self._file.close()
+        self._run.forget_after(step)
+        self._file = LineFile(self._run.metrics)
+        if self._bar is not None:
+            self._bar.n = step
+
     def tick(self) -> None:
         if self._bar is not None:
             self._bar.update()
@@ -88,7 +98,8 @@ class Logbook:
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error_type is None else 1)
+            in_order = error_type is None or issubclass(error_type, RunStopped)
+            self._wandb.finish(exit_code=0 if in_order else 1)
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         for stage in ("train", "eval"):

@@ -1,9 +1,10 @@
 """A run's folder: what it was started with, and whether it may go on.
 
     runs/<name>/  config.yaml  ds_config.json  run.json  contract.json  metrics.jsonl  checkpoints/  base/  summary.json
-                  damaged.jsonl and skipped.jsonl appear when there is something to list
+                  damaged.jsonl, skipped.jsonl, spikes.jsonl and failures/ appear when there is something to list
+                  stop is the user's: a file of that name ends the run in order
 
-Only rank 0 writes here; checkpoints have rules of their own (``checkpoint/``).
+Only rank 0 writes here; lists and failures are every rank's, and checkpoints have rules of their own (``checkpoint/``).
 """
 
 import json
@@ -29,6 +30,13 @@ FREE_KEYS = (
     "data.max_damaged_fraction",
     "training.resume",
     "training.max_skipped_steps",
+    "training.max_wall_minutes",
+    "training.hang_timeout_seconds",
+    "training.spike_action",
+    "training.spike_deviations",
+    "training.spike_window_steps",
+    "training.spike_max_in_a_row",
+    "training.spike_max_rollbacks",
     "training.activation_checkpointing",
     "training.use_amp",
     # Their product with the number of ranks, the global batch, is compared instead.
@@ -46,6 +54,9 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.damaged = self.path / "damaged.jsonl"
         self.skipped = self.path / "skipped.jsonl"
+        self.spikes = self.path / "spikes.jsonl"
+        self.failures = self.path / "failures"
+        self.stop_file = self.path / "stop"
         self._run = self.path / "run.json"
         self._summary = self.path / "summary.json"
 

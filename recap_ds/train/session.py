@@ -4,7 +4,9 @@
 builds the sharded model, engine and shadows. The loop then only loops.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from recap_ds.checkpoint.base import base_folder, ensure_base
 from recap_ds.checkpoint.save import remove_unfinished
 from recap_ds.checkpoint.start import StartPoint, check_start, fill_heads, find_start
 from recap_ds.checkpoint.tile_file import EMA, TARGET
-from recap_ds.config import BatchSizes, PiStarRECAPConfig, batch_sizes
+from recap_ds.config import BatchSizes, PiStarRECAPConfig, TrainingConfig, batch_sizes
 from recap_ds.data.assemble import Assembler
 from recap_ds.data.labels import LabelSet
 from recap_ds.data.loader import TransitionDataset
@@ -28,13 +30,15 @@ from recap_ds.distributed.engine import build_engine
 from recap_ds.distributed.runtime import RankInfo, Runtime, accelerator_is_cpu, start_runtime
 from recap_ds.distributed.shadows import Shadow
 from recap_ds.distributed.sharded_builder import ShardedBuilder
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunStopped, UsageError
 from recap_ds.models.backbones import check_start_vlm, check_vlm
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.processing.contract import RobotContract, TaskContract
 from recap_ds.processing.normalize import Normalizer
 from recap_ds.processing.tokens import build_tokenizer
 from recap_ds.train.run_folder import RunFolder
+from recap_ds.train.spikes import SpikeGuard
+from recap_ds.train.stopping import StopRequests
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,26 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class RunWatch:
+    """How a program looks after its run; on its own, a run is asked for nothing and nobody waits for it."""
+
+    requests: StopRequests = field(default_factory=StopRequests)
+    mark: Callable[[str], None] = lambda what: None  # what begins now; between two marks the watchdog counts
+    tell: Callable[[Exception], None] = lambda error: None  # that this rank fails
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Failures in here are told before anything around it is closed."""
+        try:
+            yield
+        except RunStopped:
+            raise
+        except Exception as error:
+            self.tell(error)
+            raise
+
+
+@dataclass(frozen=True)
 class Session:
     """A plan with a process group, an engine and the networks that follow its parameters."""
 
@@ -69,6 +93,18 @@ class Session:
     ring: AdvantageRing | None  # stage joint alone
     peak_rates: dict[str, float]
     fixed_scale: AdvantageScale | None = None  # where there is no ring: what the labels say of each task
+    watch: RunWatch = field(default_factory=RunWatch)
+    spikes: SpikeGuard | None = None  # training.spike_action
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps beside the engine's and the shadows': small, and equal on every rank."""
+        parts = [part.state_dict() for part in (self.ring, self.spikes) if part is not None]
+        return {name: tensor for part in parts for name, tensor in part.items()}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        for part in (self.ring, self.spikes):
+            if part is not None:
+                part.load_state_dict(tensors)
 
 
 def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo) -> Plan:
@@ -137,22 +173,33 @@ def _contract(
     )
 
 
-def start_session(plan: Plan) -> Session:
-    """Collective: every rank must call."""
+def start_session(plan: Plan, runtime: Runtime | None = None, watch: RunWatch | None = None) -> Session:
+    """In the process group of ``runtime``, or joining it. Collective: every rank must call."""
     config = plan.config
-    runtime = start_runtime(plan.info)
+    runtime, watch = runtime or start_runtime(plan.info), watch or RunWatch()
+    watch.mark("building the model")
     on_main(runtime, lambda: begin_run(plan))
     builder = ShardedBuilder(plan.ds_config, runtime.device)
     policy = build_policy(plan, builder, runtime)
     groups = policy.parameter_groups()
     peak_rates = {group["name"]: group["lr"] for group in groups}
+    watch.mark("building the engine")
     engine = build_engine(policy, groups, plan.ds_config, betas=config.training.betas)
+    watch.mark("recording the frozen base")
     ensure_base(plan.run.path, engine.module, config, runtime, plan.start.vlm if plan.start else None)
     ring = None
     if config.training.stage == "joint":
         ring = AdvantageRing(len(plan.tasks), config.recap.advantage_window, runtime.device)
     shadows = build_shadows(policy, config)
-    return Session(plan, runtime, engine, shadows, ring, peak_rates, label_scale(plan, runtime.device))
+    scale = label_scale(plan, runtime.device)
+    guard = build_spike_guard(config.training, runtime.device)
+    return Session(plan, runtime, engine, shadows, ring, peak_rates, scale, watch, guard)
+
+
+def build_spike_guard(training: TrainingConfig, device: torch.device) -> SpikeGuard | None:
+    if training.spike_action == "off":
+        return None
+    return SpikeGuard(training.spike_window_steps, training.spike_window_steps // 2, training.spike_deviations, device)
 
 
 def build_policy(plan: Plan, builder: ShardedBuilder, runtime: Runtime) -> PiStarRECAPPolicy:
@@ -177,6 +224,7 @@ def label_scale(plan: Plan, device: torch.device) -> AdvantageScale:
 def begin_run(plan: Plan) -> None:
     """Take the run folder for this process and write down what the run is. Rank 0 only."""
     plan.run.lock()
+    plan.run.stop_file.unlink(missing_ok=True)  # of an earlier start: it was obeyed, or came too late
     remove_unfinished(plan.run.checkpoints)  # a full disk could hold nothing else
     plan.run.start(plan.config, plan.ds_config, plan.sizes.total, plan.contract.manifest_hash, plan.labels_hash)
     plan.contract.save(plan.run.path)

@@ -5,7 +5,6 @@ boundary, targets and averages moved only where the step was applied. Thresholds
 advantages up to s - 1.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -18,20 +17,26 @@ from recap_ds.checkpoint.tile_file import EMA, TARGET
 from recap_ds.data.draws import identity_of
 from recap_ds.distributed.engine import global_grad_norm, grad_norms_by_group, step_was_applied, zero_stale_gradients
 from recap_ds.distributed.reduce import gather_flat, sum_over_ranks
-from recap_ds.files.lines import append_line
 from recap_ds.models.losses import LossNormalizers, TrainOutput, local_counts, normalizers
 from recap_ds.train.metrics import StepMetrics
 from recap_ds.train.optim import learning_rate_factor, set_learning_rates
 from recap_ds.train.session import Session
+from recap_ds.train.spikes import SpikeJudgement, poisoned
 
 
 class StepResult(NamedTuple):
     applied: bool
     batch: TransitionBatch  # the last micro-batch, on the device, and what came of it
     output: TrainOutput
-    losses_finite: Tensor  # [micro-batches x B] bool, in the order they were given; False marks a suspect
+    sample_losses: Tensor  # [micro-batches x B] of all heads, in the order they were given
     grad_norm: Tensor  # before clipping; inf where skipped
     group_norms: Tensor | None  # by optimizer group, where asked for
+    spike: SpikeJudgement | None = None  # where the run has a guard
+
+    @property
+    def losses_finite(self) -> Tensor:
+        """[micro-batches x B] bool; False marks a suspect."""
+        return self.sample_losses.isfinite()
 
 
 def take_step(
@@ -53,12 +58,16 @@ def take_step(
         # differ and a resumed run draws what an uninterrupted one would have.
         torch.manual_seed(identity_of("dropout", config.training.seed, step, session.runtime.info.rank))
 
-    ring_rows, losses_finite = [], []
+    ring_rows, sample_losses, step_losses, spike = [], [], [], None
     for number, host_batch in enumerate(micro_batches):
         batch = to_device(host_batch, session.runtime.device)
         output = engine(batch, "train", scale, counts, warming_up)
-        engine.backward(output.loss)
-        last = number == len(micro_batches) - 1
+        last, loss = number == len(micro_batches) - 1, output.loss
+        step_losses.append(loss.detach())
+        if last and session.spikes is not None:
+            spike = session.spikes.judge(step_losses)
+            loss = poisoned(loss, spike)
+        engine.backward(loss)
         group_norms = grad_norms_by_group(engine) if last and with_group_norms else None
         engine.step()
         output = output._replace(loss=output.loss.detach())
@@ -66,13 +75,15 @@ def take_step(
         if session.ring is not None:
             ring_rows.append(_ring_rows(batch, output, config.recap.demos))
         losses = [loss for loss in (output.policy_loss, output.q_loss, output.v_loss) if loss is not None]
-        losses_finite.append(torch.stack(losses).isfinite().all(dim=0))
+        sample_losses.append(torch.stack(losses).detach().sum(dim=0))
     zero_stale_gradients(engine)
     applied = step_was_applied(engine)
     metrics.end_step(applied)
     if applied:
         _follow(session, ring_rows)
-    return StepResult(applied, batch, output, torch.cat(losses_finite), global_grad_norm(engine), group_norms)
+        if spike is not None:
+            session.spikes.remember(spike)
+    return StepResult(applied, batch, output, torch.cat(sample_losses), global_grad_norm(engine), group_norms, spike)
 
 
 def advantage_scale(session: Session) -> AdvantageScale:
@@ -116,23 +127,3 @@ def _follow(session: Session, ring_rows: Sequence[Tensor]) -> None:
     rows = torch.cat(list(ring_rows)).flatten()
     advantage, task, eligible, slot = gather_flat(rows).view(-1, 4).unbind(dim=1)
     session.ring.append(advantage.float(), task.long(), eligible.bool(), slot.long())
-
-
-def record_skipped(session: Session, step: int, micro_batches: Sequence[TransitionBatch], result: StepResult) -> None:
-    """Append this rank's samples of a skipped step to skipped.jsonl, those with a loss that is not finite apart.
-
-    Every rank writes its own line, by one append: no communication.
-    """
-    dataset = session.plan.dataset
-    slots = torch.cat([batch.slot for batch in micro_batches])
-    suspects = slots[~result.losses_finite.cpu()].numpy()
-    table = dataset.assembler.shard_set
-    names = [str(table.damaged(int(sample), "loss not finite")) for sample in dataset.order.samples(suspects)[1]]
-    line = {
-        "step": step,
-        "rank": session.runtime.info.rank,
-        "first_slot": int(slots.min()),
-        "last_slot": int(slots.max()),
-        "suspects": names,
-    }
-    append_line(session.plan.run.skipped, json.dumps(line))

@@ -26,7 +26,7 @@ def test_two_steps_and_two_more_are_four_bit_for_bit(two_ranks, kind):
     for result in (rank[kind] for rank in two_ranks[1]):
         assert result["resumed_losses"] == result["losses"]
         assert result["differing"] == [] and result["num_compared"] > 300
-        assert result["adam_steps"] == [10, 4]  # the first engine went on to step 10
+        assert result["adam_steps"] == [6, 4]  # the first engine went on to step 6
         assert result["state"] == {"step": 2, "next_slot": 8} and result["ring_is_equal"]
         assert result["found"] == "step_00000004"
 
@@ -48,7 +48,7 @@ def test_one_rank_goes_on_where_two_stopped(two_ranks, runtime, kind, ds_name):
     state, _ = load_checkpoint(path, runtime=runtime, engine=run.engine, shadows=run.shadows)
     assert state["step"] == 4 and read_adam_step(run.engine) == 4
     losses = train(run, range(4, 6), runtime)
-    assert losses == pytest.approx(json.loads((folder / "truth.json").read_text())[:2], rel=3e-7)
+    assert losses == pytest.approx(json.loads((folder / "truth.json").read_text()), rel=3e-7)
 
 
 def test_a_rank_that_fails_fails_all_and_changes_nothing(two_ranks):

@@ -36,11 +36,10 @@ def start(
     ds_name: str = "zero3",
     vlm_folder: str | None = None,
     bf16: bool = False,
-    accumulation: int = 1,
 ) -> TinyRun:
     """An engine at step 0. Collective: every rank must call."""
     world = runtime.info.world
-    sizes = BatchSizes(micro=GLOBAL_BATCH // (world * accumulation), accumulation=accumulation, world=world)
+    sizes = BatchSizes(micro=GLOBAL_BATCH // world, accumulation=1, world=world)
     raw = load_ds_config(REPOSITORY / f"ds_configs/{ds_name}.json")
     raw["bf16"] = {"enabled": bf16}
     config = config.model_copy(update={"training": config.training.model_copy(update={"use_amp": bf16})})
@@ -57,22 +56,17 @@ def start(
 def train(run: TinyRun, steps: range, runtime: Runtime) -> list[float]:
     """Losses of the global batch at ``steps``. Collective: every rank must call."""
     losses = []
-    accumulation = run.engine.gradient_accumulation_steps()
-    num_parts = runtime.info.world * accumulation
+    world = runtime.info.world
     run.engine.train()
     for step in steps:
         whole = random_batch(run.engine.module.config, GLOBAL_BATCH, seed=step, num_tasks=1)
-        # The engine averages over ranks and micro-batches, so each divides by the mean count.
-        counts = normalizers(local_counts(whole) / num_parts)
-        total = 0.0
-        for micro in range(accumulation):
-            part = batch_part(whole, runtime.info.rank * accumulation + micro, num_parts)
-            output = run.engine(part, "train", no_scale(), counts, False)
-            total += float(sum_over_ranks(output.loss.detach())) / num_parts
-            run.engine.backward(output.loss)
-            run.engine.step()
-            zero_stale_gradients(run.engine)
-        losses.append(total)
+        # The engine averages over ranks, so every rank divides by the mean count.
+        counts = normalizers(local_counts(whole) / world)
+        output = run.engine(rank_slice(whole, runtime), "train", no_scale(), counts, False)
+        losses.append(float(sum_over_ranks(output.loss.detach())) / world)
+        run.engine.backward(output.loss)
+        run.engine.step()
+        zero_stale_gradients(run.engine)
         run.shadows["target"].lerp(0.1)
         run.shadows["ema"].lerp(0.2)
     return losses
@@ -90,11 +84,11 @@ def no_scale() -> AdvantageScale:
     return AdvantageScale(infinite, infinite, torch.zeros(1, dtype=torch.bool))
 
 
-def batch_part(nest: Any, index: int, num_parts: int) -> Any:
-    """One of equal parts of a batch."""
+def rank_slice(nest: Any, runtime: Runtime) -> Any:
+    """This rank's samples of a batch."""
     if isinstance(nest, Tensor):
-        return nest.chunk(num_parts)[index]
-    return type(nest)(*(batch_part(part, index, num_parts) for part in nest))
+        return nest.chunk(runtime.info.world)[runtime.info.rank]
+    return type(nest)(*(rank_slice(part, runtime) for part in nest))
 
 
 def start_folder(run: Path, kind: str) -> None:

@@ -16,7 +16,7 @@ from recap_ds.data.workers import worker_options
 
 if __name__ == "__main__":
     seen = []
-    signals = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    signals = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     for number in signals:
         signal.signal(number, lambda number, frame: seen.append(number))
     loader = DataLoader(list(range(10_000)), **worker_options(DataConfig(num_workers=2)))

@@ -8,31 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recap_ds.errors import RunFailed, UsageError
-from recap_ds.train import loop
+from recap_ds.errors import RunStopped, UsageError
+from recap_ds.train import loop, reporting
 from recap_ds.train.gate import GateState
-from recap_ds.train.loop import Progress, check_damage, count_skipped
+from recap_ds.train.loop import check_damage
+from recap_ds.train.progress import Progress
 from recap_ds.train.run_folder import RunFolder
+from recap_ds.train.session import RunWatch
+from recap_ds.train.stopping import STOP_FILE
 from tests.tiny import tiny_config
 
 
 def session_of(**sections) -> SimpleNamespace:
     config = tiny_config(**sections)
     return SimpleNamespace(plan=SimpleNamespace(config=config, run=RunFolder(config)))
-
-
-def test_skipped_steps_in_a_row_end_the_run_and_an_applied_one_forgives(monkeypatch):
-    recorded = []
-    monkeypatch.setattr(loop, "record_skipped", lambda session, step, batches, result: recorded.append(step))
-    session, progress = session_of(training={"max_skipped_steps": 3}), Progress()
-    for step, applied in enumerate((False, False, True, False, False), start=1):
-        progress.step = step
-        count_skipped(session, progress, [], SimpleNamespace(applied=applied))
-    assert (progress.skipped_steps, progress.skipped_in_a_row) == (4, 2)
-    progress.step = 6
-    with pytest.raises(RunFailed, match=r"step 6: 3 optimizer steps in a row .*skipped\.jsonl"):
-        count_skipped(session, progress, [], SimpleNamespace(applied=False))
-    assert recorded == [1, 2, 4, 5, 6], "every skipped step is written down, the last one too"
 
 
 @pytest.mark.parametrize(
@@ -96,11 +85,14 @@ class FakeSaver:
     writing = False
 
     def __init__(self, failing: tuple[int, ...] = ()):
-        self.failing, self.saves, self.finished = failing, [], False
+        self.failing, self.saves, self.finished, self.newest_step = failing, [], False, None
 
     def save(self, step: int, state: dict, tensors: dict, *, best: bool, last: bool) -> bool:
         self.saves.append((step, best) if not last else (step, best, "last"))
-        return step not in self.failing
+        if step in self.failing and not last:
+            return False
+        self.newest_step = step
+        return True
 
     def advance(self, writing_anywhere: bool) -> None: ...
 
@@ -108,17 +100,28 @@ class FakeSaver:
         self.finished = True
 
 
+class FakeRequests:
+    """Asks for a stop from its n-th step boundary on."""
+
+    def __init__(self, stop_from: int):
+        self.polls, self.stop_from = 0, stop_from
+
+    def poll(self) -> int:
+        self.polls += 1
+        return STOP_FILE if self.polls > self.stop_from else 0
+
+
 @pytest.fixture
 def run_steps(monkeypatch):
     """``take_steps`` around steps that do nothing: (progress, losses) -> (last evaluation, saves, logbook)."""
     metrics = SimpleNamespace(summarise=lambda batch, output: {"data/replaced_samples": 0})
-    monkeypatch.setattr(loop, "StepMetrics", lambda *_: metrics)
+    monkeypatch.setattr(reporting, "StepMetrics", lambda *_: metrics)
     monkeypatch.setattr(loop, "build_loader", lambda *_: itertools.repeat(None))
     applied = SimpleNamespace(applied=True, batch=None, output=None)
     monkeypatch.setattr(loop, "take_step", lambda *_, **__: applied)
-    monkeypatch.setattr(loop, "step_figures", lambda *_: {})
+    monkeypatch.setattr(reporting, "step_figures", lambda *_: {})
 
-    def run(progress: Progress, losses: list[float], failing: tuple[int, ...] = (), **training):
+    def run(progress: Progress, losses: list[float], failing: tuple[int, ...] = (), stop_from: int = 99, **training):
         config = tiny_config(
             training={"num_training_steps": 20, **training},
             evaluation={"every_steps": 2},
@@ -126,9 +129,13 @@ def run_steps(monkeypatch):
         )
         sizes = SimpleNamespace(accumulation=1, total=8)
         plan = SimpleNamespace(config=config, sizes=sizes, tasks=[], run=RunFolder(config))
-        session = SimpleNamespace(plan=plan, runtime=SimpleNamespace(device=torch.device("cpu")), ring=None)
+        runtime = SimpleNamespace(device=torch.device("cpu"))
+        session = SimpleNamespace(plan=plan, runtime=runtime, tensors=dict, watch=RunWatch(FakeRequests(stop_from)))
         logbook, saver = FakeLogbook(), FakeSaver(failing)
-        evaluation = loop.take_steps(session, progress, FakeHeldOut(losses), logbook, saver)
+        try:
+            evaluation = loop.take_steps(session, progress, FakeHeldOut(losses), logbook, saver)
+        except RunStopped as stopped:
+            evaluation = str(stopped)
         assert saver.finished, "nothing is left in writing"
         return evaluation, saver.saves, logbook
 
@@ -158,3 +165,19 @@ def test_without_patience_a_run_goes_to_its_end(run_steps):
     progress = Progress()
     run_steps(progress, [2.0, *[3.0] * 9])
     assert progress.step == 20 and progress.gate.evaluations_since_best == 9
+
+
+@pytest.mark.parametrize(
+    ("stop_from", "failing", "saved"),
+    [
+        (6, (), [(2, True), (4, True), (5, False), (6, True), (7, False, "last")]),
+        (4, (), [(2, True), (4, True), (5, False)]),  # that step is saved already
+        (4, (5,), [(2, True), (4, True), (5, False), (5, False, "last")]),  # it should have been
+    ],
+)
+def test_a_stop_saves_one_step_after_it_was_asked_for(run_steps, stop_from, failing, saved):
+    progress = Progress()
+    told, saves, logbook = run_steps(progress, [9.0 - i for i in range(10)], failing, stop_from)
+    assert progress.step == stop_from + 1 and saves == saved
+    assert told == logbook.said[-1]
+    assert told.startswith(f"stopped at step {progress.step} of 20 (the stop file): ")

@@ -14,7 +14,9 @@ from recap_ds.models.losses import count_flow_elements
 from recap_ds.train import step as step_module
 from recap_ds.train.metrics import StepMetrics
 from recap_ds.train.session import Session, plan_session
-from recap_ds.train.step import StepResult, record_skipped, step_normalizers, take_step
+from recap_ds.train.skips import record_skipped, record_spike
+from recap_ds.train.spikes import SpikeJudgement
+from recap_ds.train.step import StepResult, step_normalizers, take_step
 from tests.distributed.harness import REPOSITORY
 from tests.tiny import random_batch, tiny_config
 from tests.train.made_outputs import made_output
@@ -158,9 +160,9 @@ def test_the_line_of_a_skipped_step_names_the_bad_samples(reach_shards, tmp_path
     ring = AdvantageRing(len(plan.tasks), 16, CPU)
     session = Session(plan, ALONE, None, {}, ring, {})
     batches = [plan.dataset.batch(np.arange(first, first + 4)) for first in (8, 12)]
-    finite = torch.ones(8, dtype=torch.bool)
-    finite[[1, 6]] = False  # one in each micro-batch
-    result = StepResult(False, batches[-1], None, finite, torch.tensor(math.inf), None)
+    losses = torch.ones(8)
+    losses[[1, 6]] = torch.tensor([math.nan, math.inf])  # one in each micro-batch
+    result = StepResult(False, batches[-1], None, losses, torch.tensor(math.inf), None)
     for step in (3, 4):
         record_skipped(session, step, batches, result)
     lines = [json.loads(line) for line in plan.run.skipped.read_text().splitlines()]
@@ -173,3 +175,11 @@ def test_the_line_of_a_skipped_step_names_the_bad_samples(reach_shards, tmp_path
     for sample, said in zip(samples, first["suspects"], strict=True):
         tar = shard_set.manifest.shards[shard_set.shard_of(int(sample))].name
         assert tar in said and shard_set.damaged(int(sample), "").key in said
+    spike = SpikeJudgement(torch.tensor(7.5), torch.tensor(2.0), torch.tensor(True))
+    record_spike(session, 5, batches, result._replace(sample_losses=torch.arange(8.0), spike=spike))
+    (line,) = [json.loads(line) for line in plan.run.spikes.read_text().splitlines()]
+    assert (line["step"], line["first_slot"], line["last_slot"], line["loss"], line["bound"]) == (5, 8, 15, 7.5, 2.0)
+    assert [worst["loss"] for worst in line["worst"]] == [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
+    assert (
+        shard_set.damaged(int(plan.dataset.order.samples(np.array([15]))[1][0]), "").key in line["worst"][0]["sample"]
+    )

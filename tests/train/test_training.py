@@ -77,6 +77,36 @@ def test_evaluation_between_steps_leaves_the_training_bit_identical(two_ranks):
     assert two_ranks[0]["full"]["losses"] == two_ranks[0]["no_evaluation"]["losses"]
 
 
+def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(two_ranks):
+    for rank in two_ranks:
+        stopped = rank["stopped"]
+        assert stopped["said"].startswith("stopped at step 4 of 6 (the stop file): "), "one rank was asked, both obey"
+        assert "step_00000004" in stopped["between"]
+        assert stopped["after"] == two_ranks[0]["resumed_full"]["before"]
+
+
+def test_a_guard_that_sees_no_spike_changes_no_bit(two_ranks):
+    guarded, free = two_ranks[0]["guarded"], two_ranks[0]["resumed_full"]["before"]
+    ranks = {name: digest for name, digest in guarded["bytes"].items() if name.startswith("rank_")}
+    assert len(ranks) == 2 and ranks == {name: free[name] for name in ranks}
+    assert guarded["losses"] == two_ranks[0]["full"]["losses"]
+    assert (guarded["summary"]["spikes"], guarded["summary"]["rollbacks"]) == (0, 0)
+
+
+def test_spikes_are_skipped_and_then_the_run_goes_back_and_around_their_samples(two_ranks):
+    spiky, batch = two_ranks[0]["spiky"], 8
+    steps = [*range(6), 3, 4, 5]
+    assert spiky["taken"] == [[step, slot * batch] for slot, step in enumerate(steps)]
+    assert two_ranks[1]["spiky"]["taken"] == spiky["taken"]
+    assert (spiky["summary"]["spikes"], spiky["summary"]["rollbacks"], spiky["summary"]["step"]) == (2, 1, 6)
+    assert sorted((line["step"], line["rank"]) for line in spiky["spikes"]) == [(5, 0), (5, 1), (6, 0), (6, 1)]
+    assert min(line["first_slot"] for line in spiky["spikes"]) == 4 * batch
+    assert max(line["last_slot"] for line in spiky["spikes"]) == 6 * batch - 1
+    # What came before is as it was; the metrics hold every step once.
+    assert spiky["losses"][:3] == two_ranks[0]["full"]["losses"][:3] and len(spiky["losses"]) == 6
+    assert spiky["losses"][3] != two_ranks[0]["full"]["losses"][3], "other samples from there on"
+
+
 def test_an_export_evaluates_the_same_on_any_number_of_ranks(two_ranks, one_rank):
     first, second, alone = two_ranks[0]["evaluation"], two_ranks[1]["evaluation"], one_rank["evaluation"]
     assert first == second

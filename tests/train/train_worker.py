@@ -16,13 +16,16 @@ from recap_ds.config import PiStarRECAPConfig
 from recap_ds.distributed.build import gather
 from recap_ds.distributed.engine import destroy_engine
 from recap_ds.distributed.runtime import Runtime
+from recap_ds.errors import RunStopped
 from recap_ds.evaluate.results import evaluate_dataset, open_held_out
 from recap_ds.label.job import label_shards, open_label_job
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.pretrained import load_pretrained
 from recap_ds.processing.normalize import Normalizer
+from recap_ds.train import loop
 from recap_ds.train.loop import train
-from recap_ds.train.session import Session, plan_session, start_session
+from recap_ds.train.session import RunWatch, Session, plan_session, start_session
+from recap_ds.train.stopping import STOP_FILE, StopRequests
 from tests.distributed.harness import REPOSITORY, worker_main
 from tests.tiny import tiny_config
 
@@ -128,6 +131,61 @@ def resumed_hashes(runtime: Runtime, config: PiStarRECAPConfig) -> dict[str, Any
     return {"before": before, "after": files_hash(final), "losses_before": lines, "losses_after": again["losses"]}
 
 
+class StopAt(StopRequests):
+    """Asks one rank, once, so that the run stops after ``step`` steps: what is posted is known a step later."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        super().__init__()
+        self._left = step - 1 if rank == 1 else -1
+
+    def poll(self) -> int:
+        self._left -= 1
+        return STOP_FILE if self._left == -1 else 0
+
+
+def stopped_and_continued(runtime: Runtime, config: PiStarRECAPConfig, step: int) -> dict[str, Any]:
+    """Stop a run where nothing is due, and go on with it; beside it the run that was not stopped."""
+    plan = plan_session(config, ZERO3, runtime.info)
+    session = start_session(plan, runtime, RunWatch(StopAt(step, runtime.info.rank)))
+    try:
+        train(session)
+        said = ""
+    except RunStopped as stopped:
+        said = str(stopped)
+        if runtime.info.is_main:
+            plan.run.unlock()  # as the end of the process does
+    destroy_engine(session.engine)
+    between = sorted(path.name for path in plan.run.checkpoints.iterdir())
+    runtime.barrier()
+    run_whole(runtime, config)
+    return {"said": said, "between": between, "after": files_hash(plan.run.checkpoints / f"step_{STEPS:08d}")}
+
+
+def with_spikes(runtime: Runtime, config: PiStarRECAPConfig, slots: range) -> dict[str, Any]:
+    """A run whose guard takes every step within ``slots`` for a spike; it sees the slots of rank 0 as all ranks do."""
+    plan = plan_session(config, ZERO3, runtime.info)
+    session = start_session(plan, runtime)
+    judge, take_step, taken = session.spikes.judge, loop.take_step, []
+
+    def seen(session: Session, step: int, micro_batches: Any, *rest: Any, **named: Any) -> Any:
+        first = int(micro_batches[0].slot[0]) // GLOBAL_BATCH * GLOBAL_BATCH
+        taken.append([step, first])
+        session.spikes.judge = lambda losses: judge(losses)._replace(is_spike=torch.tensor(first in slots))
+        return take_step(session, step, micro_batches, *rest, **named)
+
+    loop.take_step = seen
+    summary = train(session)
+    loop.take_step = take_step
+    destroy_engine(session.engine)
+    return {
+        "taken": taken,
+        "summary": summary,
+        "losses": losses(plan.run.metrics),
+        "bytes": files_hash(plan.run.checkpoints / f"step_{STEPS:08d}"),
+        "spikes": [json.loads(line) for line in plan.run.spikes.read_text().splitlines()] if slots else [],
+    }
+
+
 def evaluate_run(runtime: Runtime, run: Path, shards: Path) -> dict[str, Any]:
     """What launch/evaluate.py does with a finished run: export it, load a replica, evaluate over the ranks."""
     policy, contract, tokenizer = load_pretrained(export_of(run, runtime.info))
@@ -211,6 +269,12 @@ def scenarios(runtime: Runtime, folder: str, which: str) -> dict[str, Any]:
     results["no_evaluation"] = run_whole(runtime, blind)
     results["evaluated_bytes"] = files_hash(root / "runs" / f"full_{world}" / "checkpoints" / f"step_{STEPS:08d}")
     results["blind_bytes"] = files_hash(root / "runs" / "no_evaluation" / "checkpoints" / f"step_{STEPS:08d}")
+    results["stopped"] = stopped_and_continued(runtime, run_config(root, "stopped"), step=SAVE_AT + 1)
+    guard = {"spike_action": "rollback", "spike_max_in_a_row": 2, "spike_window_steps": 10}
+    results["guarded"] = with_spikes(runtime, run_config(root, "guarded", training=guard), range(0))
+    # Steps 5 and 6 of a run that saves at 3.
+    spiky = run_config(root, "spiky", training=guard)
+    results["spiky"] = with_spikes(runtime, spiky, range(4 * GLOBAL_BATCH, 6 * GLOBAL_BATCH))
     ds_bf16 = root / "bf16.json"
     if runtime.info.is_main:
         ds_bf16.write_text(Path(ZERO3).read_text().replace('"enabled": "auto"', '"enabled": true'))
