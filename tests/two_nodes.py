@@ -1,4 +1,4 @@
-"""Two nodes for real, on one machine: ssh, pdsh, every launcher, and a cable that is pulled.
+"""Two nodes for real, on one machine: ssh, pdsh, every launcher, and a cable that is pulled in the middle of a run.
 
     pytest tests/two_nodes.py        (as root; minutes, so it is not part of the suite: run it when launching changed)
 
@@ -7,9 +7,11 @@ says is done here word for word.
 """
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ from tests.launch.nodes import ADDRESSES, TwoNodes, missing
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 TRAIN = ("launch/train.py", "--deepspeed", "ds_configs/zero3.json")
-ALIVE_SECONDS = 8
+# Long enough for a loaded machine to build the model in.
+HANG_SECONDS, ALIVE_SECONDS = 60, 8
 START_SECONDS = 240
 
 
@@ -75,6 +78,14 @@ def summary(nodes: TwoNodes, name: str) -> dict:
     return json.loads((nodes.folder / "runs" / name / "summary.json").read_text())
 
 
+def wait_until(what: str, condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended before {what}:\n{log.read_text()[-6000:]}"
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s:\n{log.read_text()[-6000:]}"
+        time.sleep(0.2)
+
+
 def test_words_variables_and_the_exit_code_survive_pdsh(nodes):
     program = nodes.folder / "say.py"
     program.write_text(
@@ -107,6 +118,34 @@ def test_the_doctor_sees_both_nodes_and_measures_the_cable(nodes):
         nodes.mend()
     assert process.returncode == 1
     assert f"fail  hosts              {ADDRESSES[1]}: ssh failed: " in text and "bandwidth not measured" in text, text
+
+
+def test_a_run_outlives_a_cable_that_is_pulled(nodes):
+    """Ends non-zero within the timeout, starts again, goes on from its checkpoint."""
+    log, run = nodes.folder / "log_0", nodes.folder / "runs" / "cut"
+    words = ["launch/retry.sh", "launch/multi_node.sh", *training(nodes, "cut", 40)]
+    words.append(f"training.hang_timeout_seconds={HANG_SECONDS}")
+    process = start(nodes, 0, *words, RETRIES="1", PAUSE_SECONDS="5")
+    wait_until("checkpoint", (run / "checkpoints" / "latest").exists, process, log, START_SECONDS)
+    nodes.cut()
+    cut_at = time.monotonic()
+    try:
+        # The watchdog of each rank, then ssh's; a loaded machine may be late.
+        seconds = HANG_SECONDS + 2 * ALIVE_SECONDS + 60
+        wait_until("failure", lambda: "retry.sh: exit code" in log.read_text(), process, log, seconds)
+    finally:
+        nodes.mend()
+    print(f"the job had ended {time.monotonic() - cut_at:.0f} s after the cable was pulled")
+    text = finish(process, log, START_SECONDS)
+    assert process.returncode == 0, text[-6000:]
+    assert summary(nodes, "cut")["step"] == 40
+    first, second = text.split("retry.sh: exit code")
+    assert f"starting {run} at step 0" in first and re.search(
+        rf"continuing {re.escape(str(run))} at step [123]0", second
+    )
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, 41)), "no step is missing"
+    assert nodes.processes() == []
 
 
 @pytest.mark.parametrize("launcher", ["no_ssh", "torchrun"])
