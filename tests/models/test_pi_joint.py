@@ -10,9 +10,10 @@ from recap_ds.models.building import Builder
 from recap_ds.models.experts import pi_dimensions
 from recap_ds.models.layers import ZeroEmbedding
 from recap_ds.models.losses import local_counts, normalizers
+from recap_ds.models.pi_joint import PiJointExpert
 from recap_ds.models.pixels import to_pixels
 from recap_ds.models.policy import PiStarRECAPPolicy
-from recap_ds.models.vlm import VisionLanguageModel
+from recap_ds.models.vlm import VisionLanguageModel, build_paligemma
 from tests.models.pi_one_pass import one_pass_velocity
 from tests.models.tiny_policy import FROZEN, FULL, LORA, READY, build, gradients, rows, train
 from tests.tiny import tiny_config
@@ -215,3 +216,23 @@ def test_another_language_model_and_dropout_are_refused():
         pi_dimensions(model, Gemma2Config())
     with pytest.raises(ValueError, match=r"model\.action_expert_dropout: pi_joint has none"):
         tiny_config(model={"action_expert": "pi_joint", "action_expert_dropout": 0.1})
+
+
+@pytest.mark.parametrize(("version", "expected"), [("pi05", 3_353_433_872), ("pi0", 3_238_048_528)])
+def test_the_published_sizes(version, expected):
+    from transformers import PaliGemmaConfig
+
+    gemma = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8}
+    gemma |= {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 257_152}
+    siglip = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    siglip |= {"model_type": "siglip_vision_model", "vision_use_head": False, "image_size": 224, "patch_size": 14}
+    architecture = PaliGemmaConfig(text_config=gemma, vision_config=siglip, projection_dim=2048)
+    model = {"action_expert": "pi_joint", "action_expert_hidden_size": 1024, "action_expert_num_layers": 18}
+    model = tiny_config(model={**model, "action_expert_num_heads": 8, "pi_version": version}).model
+    with torch.device("meta"):
+        modules = (
+            build_paligemma(architecture, Builder()),
+            PiJointExpert(pi_dimensions(model, architecture.text_config), 32, 32),
+        )
+    total = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    assert total - modules[1].indicator_in.weight.numel() == expected
