@@ -57,8 +57,8 @@ class StopSignals:
 
     @property
     def code(self) -> int:
-        """What ``StepFlags.stop`` should say; 0 while nothing came."""
-        return _SIGNAL_BASE + max(self._first) if self._first else NOTHING
+        """What ``StepFlags.stop`` should say: the first signal, others may be a launcher's echo; 0 while none came."""
+        return _SIGNAL_BASE + next(iter(self._first)) if self._first else NOTHING
 
     def __enter__(self) -> "StopSignals":
         # Python runs its own handlers only between two steps of the main thread. The bytes of this pair come at once.
@@ -91,8 +91,9 @@ class StopSignals:
         if not self._defers:
             _leave_now(f"{name}: stopped before the run began", EXIT_STOPPED)
         if number not in self._first:
+            first = not self._first
             self._first[number] = now
-            if os.environ.get("RANK", "0") == "0":
+            if first and os.environ.get("RANK", "0") == "0":
                 print(f"{name}: saving after this step, then leaving; once more leaves at once", file=sys.stderr)
         elif now - self._first[number] > self._echo_seconds:
             _leave_now(f"{name} again: left at once; what was saved before is safe", 128 + number)

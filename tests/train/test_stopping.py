@@ -51,6 +51,13 @@ def test_a_signal_becomes_a_request_that_is_named(signals, number):
     assert describe(requests.poll()) == number.name
 
 
+def test_the_first_signal_is_the_reason_and_is_answered_once(signals, capsys):
+    send(signals, signal.SIGINT)
+    signals._note(signal.SIGTERM)  # as deepspeed does on Ctrl-C
+    assert describe(signals.code) == "SIGINT"
+    assert capsys.readouterr().err == "SIGINT: saving after this step, then leaving; once more leaves at once\n"
+
+
 def test_handlers_come_back_afterwards():
     before = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
     with StopSignals():
