@@ -91,10 +91,9 @@ class StopSignals:
         if not self._defers:
             _leave_now(f"{name}: stopped before the run began", EXIT_STOPPED)
         if number not in self._first:
-            first = not self._first
-            self._first[number] = now
-            if first and os.environ.get("RANK", "0") == "0":
+            if not self._first and os.environ.get("RANK", "0") == "0":
                 print(f"{name}: saving after this step, then leaving; once more leaves at once", file=sys.stderr)
+            self._first[number] = now
         elif now - self._first[number] > self._echo_seconds:
             _leave_now(f"{name} again: left at once; what was saved before is safe", 128 + number)
 
