@@ -26,6 +26,8 @@ SMALL_PARAMETERS = 10**6
 def bench_consolidate(num_parameters: int, max_shard_bytes: int, folder: Path | None = None) -> dict[str, Any]:
     """Figures as JSON. ``folder`` (the system's for temporary files): where the states are written for a while."""
     root = Path(folder or tempfile.gettempdir())
+    if not root.is_dir():
+        raise UsageError(f"--folder {root}: there is no such folder; make it, or name another")
     needed, free = num_parameters * BYTES_PER_PARAMETER, shutil.disk_usage(root).free
     if needed > free:
         raise UsageError(

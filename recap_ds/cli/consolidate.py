@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
     except OSError as error:
-        raise RunFailed(f"OUT {args.out}: {error.strerror or error} ({error.filename or 'while writing'})") from error
+        raise RunFailed(f"{error.filename or f'OUT {args.out}'}: {error.strerror or error}") from error
     source = record.provenance
     print(f"{source.run} at step {source.step}: {source.weights} weights in {record.dtype}, adapter: {record.adapter}")
     for name, file in record.files.items():

@@ -36,7 +36,7 @@ class NativeCheckpoint(NamedTuple):
 def native_folder(path: Path) -> Path | None:
     """The folder of one ZeRO checkpoint that ``path`` means: itself, or the tag in its ``latest`` file; else None."""
     latest = path / "latest"
-    for folder in (path, path / latest.read_text().strip() if latest.is_file() else path):
+    for folder in (path, path / latest.read_text(errors="replace").strip() if latest.is_file() else path):
         if folder.is_dir() and any(folder.glob(OPTIMIZER_FILES)):
             return folder
     return None

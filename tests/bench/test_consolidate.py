@@ -41,6 +41,8 @@ def test_another_value_another_name_and_another_shape_are_found(tmp_path):
 def test_too_little_room_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(UsageError, match=rf"--folder {tmp_path}: .* GB are free and 4000.0 GB are needed"):
         bench.bench_consolidate(10**11, 10**9, tmp_path)
+    with pytest.raises(UsageError, match=r"--folder .*none: there is no such folder"):
+        bench.bench_consolidate(10**6, 10**9, tmp_path / "none")
 
 
 @pytest.mark.parametrize("count", ["0", "many", "-3M", "nan", "1e9", "5T", "1000B"])
