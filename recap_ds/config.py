@@ -7,15 +7,12 @@ offload, precision and communication, and nothing that stands here (``distribute
 from pydantic import Field, model_validator
 
 from recap_ds.errors import UsageError
+from recap_ds.job_sections import CollectConfig, EnvConfig, EvaluationConfig, LabelConfig
 from recap_ds.sections import (
     SOURCES,
     CheckpointConfig,
-    CollectConfig,
     DataConfig,
-    EnvConfig,
-    EvaluationConfig,
     IQLConfig,
-    LabelConfig,
     LoggingConfig,
     LoraConfig,
     ModelConfig,
