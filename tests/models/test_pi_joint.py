@@ -236,3 +236,16 @@ def test_the_published_sizes(version, expected):
         )
     total = sum(parameter.numel() for module in modules for parameter in module.parameters())
     assert total - modules[1].indicator_in.weight.numel() == expected
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_bf16_is_a_rounding_of_float32(version):
+    policy, batch = joint(version, **LORA)
+    with torch.no_grad():
+        exact = velocity_of(policy, batch)
+    policy.bfloat16()
+    rounded = velocity_of(policy, batch)
+    assert rounded.dtype == torch.float32
+    valid = batch.action_valid[:, None, :, None]
+    assert ((rounded - exact) * valid).norm() < 0.03 * (exact * valid).norm()
+    assert all(gradient.isfinite().all() for gradient in gradients(policy, rounded.square().sum()).values())
