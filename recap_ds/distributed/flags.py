@@ -20,7 +20,6 @@ class StepFlags(NamedTuple):
 
     stop: int = 0  # why this rank wants to stop, see train/stopping.py
     writing: int = 0  # 1 = a checkpoint is still being written in the background
-    write_failed: int = 0  # 1 = writing it failed
 
 
 class FlagExchange:

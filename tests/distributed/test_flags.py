@@ -13,14 +13,14 @@ NUM_STEPS = 5
 # Who says what at which step: rank -> step -> flags.
 SAID = {
     0: {2: StepFlags(writing=1), 3: StepFlags(writing=1), 4: StepFlags(stop=9)},
-    1: {1: StepFlags(stop=3), 3: StepFlags(stop=2, write_failed=1)},
+    1: {1: StepFlags(stop=3), 3: StepFlags(stop=2)},
 }
 AGREED = [
     StepFlags(),
     StepFlags(),
     StepFlags(stop=3),
     StepFlags(writing=1),
-    StepFlags(stop=2, writing=1, write_failed=1),
+    StepFlags(stop=2, writing=1),
 ]
 
 
