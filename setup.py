@@ -32,6 +32,8 @@ setup(
         # Simulators, and av for the films of their episodes. MuJoCo draws through EGL or OSMesa: see README.
         "metaworld": ["metaworld>=3,<4", "av>=14"],
         "pusht": ["gym-pusht>=0.1.6,<0.2", "av>=14"],
+        # The window in which a person corrects a policy.
+        "keyboard": ["pygame>=2.5,<3"],
         "test": ["pytest>=8", "pytest-xdist>=3.6,<4", "ruff>=0.15,<0.18", "av>=14"],
     },
     entry_points={"console_scripts": ["recap-ds = recap_ds.cli.main:main"]},

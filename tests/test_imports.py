@@ -56,6 +56,7 @@ HOMES = {
     "metaworld": ("recap_ds.envs.metaworld",),
     "gym_pusht": ("recap_ds.envs.pusht",),
     "gymnasium": ("recap_ds.envs.gymnasium",),
+    "pygame": ("recap_ds.rollout.window",),
     "pickle": (),
 }
 HEAVY = (

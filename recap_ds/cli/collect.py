@@ -13,7 +13,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "collect",
         help="play a policy, corrections and demonstrations in an environment into shards",
         description="Play episodes and write them as shards: the policy's (auto), the policy's with corrections by the "
-        "scripted expert (intervention), and the expert's own (demo). Without --checkpoint a mediocre expert "
+        "scripted expert or by you (intervention), and the expert's own (demo). Without --checkpoint a mediocre expert "
         "(collect.expert_*) stands in for the policy. Interrupted, the same command goes on.",
     )
     parser.add_argument("--env", required=True, metavar="ENV", help="reach, metaworld:TASK[,TASK], pusht, gym:ID, ...")
@@ -21,6 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--checkpoint", metavar="CHECKPOINT", help="an export, a run or one of its checkpoints")
     parser.add_argument("--episodes", type=count, metavar="N", help="episodes of the policy")
     parser.add_argument("--corrections", type=count, metavar="N", help="episodes in which the expert corrects it")
+    parser.add_argument("--keyboard", action="store_true", help="you correct it, in a window: of --corrections alone")
     parser.add_argument("--demos", type=count, metavar="N", help="episodes of the expert")
     parser.add_argument("--critic", metavar="CHECKPOINT", help="with collect.progress=value (default: its own)")
     parser.add_argument("--name", help="of the data sets (default: the folder's)")
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         critic=export_of(args.critic, alone) if args.critic else None,
         name=args.name,
         seed=args.seed,
+        corrector="keyboard" if args.keyboard else "script",
     )
     runtime = start_runtime(alone)
     tallies = collect(job, runtime.device, alone.local_world, lambda line: print(line, flush=True))
@@ -67,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
     for note in job.world.notes:
         print(f"note: {note}")
     for dataset, tally in tallies.items():
+        if tally.num_episodes == 0:
+            print(f"{dataset}: no episode was finished")
+            return 0
         low, high = wilson_interval(tally.num_successes, tally.num_episodes)
         rate = tally.num_successes / tally.num_episodes
         print(f"{dataset}: {tally.num_episodes} episodes, success {rate:.2f} [{low:.2f}, {high:.2f}]")

@@ -1,8 +1,9 @@
 """What is to be collected, checked against the world, the policy and the shards it is to join.
 
-A policy, a policy that the expert corrects, or the expert alone plays: three kinds, each a data set of its own
+A policy, a policy that is corrected, or the expert alone plays: three kinds, each a data set of its own
 (``<name>_auto``, ``_intervention``, ``_demo``), whose episode n is a pure function of the seed, n, the checkpoint and
-the settings. Without a checkpoint the expert itself, made mediocre, stands in for the policy: data for studies.
+the settings, unless a person corrects. Without a checkpoint the expert itself, made mediocre, stands in for the policy:
+data for studies.
 """
 
 import re
@@ -17,6 +18,9 @@ from recap_ds.errors import UsageError
 from recap_ds.models.export_format import ExportRecord
 from recap_ds.models.pretrained import Pretrained
 from recap_ds.rollout.actor import Actor, Arm, check_acts, choose_arms, load_judge
+from recap_ds.rollout.episode import CorrectorName
+from recap_ds.rollout.keyboard import moves_of
+from recap_ds.rollout.window import check_display
 from recap_ds.rollout.world import World, open_world
 
 # With the numbers of episodes added, still a seed for every simulator.
@@ -48,6 +52,7 @@ class CollectJob:
     checkpoint: str | None  # as the user called it
     checkpoint_hash: str | None
     critic_hash: str | None
+    corrector: CorrectorName
     goals: dict[Kind, int]  # episodes that OUT is to hold
     stored: dict[str, int]  # action_width, td_horizon, image_size of the shards
 
@@ -70,7 +75,9 @@ class CollectJob:
                 "executed_frames": evaluation.executed_frames,
                 "rollout_batch_size": evaluation.rollout_batch_size,
             }
-        if kind is INTERVENTION:
+        if kind is INTERVENTION and self.corrector == "keyboard":
+            made_by["corrector"] = self.corrector
+        elif kind is INTERVENTION:
             made_by["critic_hash"] = self.critic_hash
             keys += ["progress", "stall_frames", "stall_margin", "correction_frames"]
         return made_by | {key: value for key, value in collect.model_dump().items() if key in keys}
@@ -88,8 +95,11 @@ def open_collection(
     critic: Path | None = None,
     name: str | None = None,
     seed: int | None = None,
+    corrector: CorrectorName = "script",
 ) -> CollectJob:
     """Everything checked before the first episode. ``config``: the policy's, where there is one."""
+    if corrector == "keyboard":
+        _check_keyboard(goals, critic)
     if policy is not None:
         check_acts(policy, export, "--checkpoint")
     elif critic is not None:
@@ -97,8 +107,14 @@ def open_collection(
     manifest = Manifest.load(out) if (out / MANIFEST_NAME).exists() else None
     contract = policy.contract if policy is not None else None
     world = open_world(env, config.env, contract, manifest.image_size if manifest else None)
-    if not world.spec.has_expert and (policy is None or set(goals) != {AUTO}):
-        raise UsageError(f"--env {env}: has no scripted expert; only --episodes of a --checkpoint can be collected")
+    unaided = {AUTO, INTERVENTION} if corrector == "keyboard" else {AUTO}
+    if not world.spec.has_expert and (policy is None or not unaided >= set(goals)):
+        raise UsageError(
+            f"--env {env}: has no scripted expert; only --episodes of a --checkpoint can be collected, "
+            "and its --corrections with --keyboard"
+        )
+    if corrector == "keyboard":
+        moves_of(world.spec)
     name = name or re.sub(r"[^A-Za-z0-9_-]", "_", out.resolve().name)
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,80}", name):
         raise UsageError(f"--name {name}: write it with at most 80 letters, digits, - and _")
@@ -112,21 +128,35 @@ def open_collection(
         seed=seed,
         config=config,
         world=world,
-        actor=None if policy is None else _actor(policy, config, goals, critic, seed),
+        actor=None if policy is None else _actor(policy, config, goals, critic, seed, corrector),
         arm=None if policy is None else choose_arms(config)[0],
         checkpoint=checkpoint,
         checkpoint_hash=None if export is None else ExportRecord.load(export).content_hash(),
         critic_hash=None if critic is None else ExportRecord.load(critic).content_hash(),
+        corrector=corrector,
         goals=goals,
         stored=_stored(out, manifest, config, world),
     )
 
 
+def _check_keyboard(goals: dict[Kind, int], critic: Path | None) -> None:
+    if set(goals) != {INTERVENTION}:
+        raise UsageError("--keyboard: is for --corrections alone; collect the others by a command without it")
+    if critic is not None:
+        raise UsageError("--critic: is not read with --keyboard, where a person sees when to take over; leave it out")
+    check_display()
+
+
 def _actor(
-    policy: Pretrained, config: PiStarRECAPConfig, goals: dict[Kind, int], critic: Path | None, seed: int
+    policy: Pretrained,
+    config: PiStarRECAPConfig,
+    goals: dict[Kind, int],
+    critic: Path | None,
+    seed: int,
+    corrector: CorrectorName,
 ) -> Actor:
     judge = None
-    if config.collect.progress == "value" and INTERVENTION in goals:
+    if corrector == "script" and config.collect.progress == "value" and INTERVENTION in goals:
         judge = load_judge(critic, policy)
         if judge is None:
             raise UsageError("collect.progress: value needs a critic; give --critic, or set it to environment")

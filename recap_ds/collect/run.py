@@ -21,6 +21,7 @@ from recap_ds.data.writer import write_shards
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.files.atomic import write_file
 from recap_ds.rollout.episode import EpisodePlan, PlayRules
+from recap_ds.rollout.keyboard import PersonLeft
 from recap_ds.rollout.runner import run_episodes
 from recap_ds.rollout.workers import Workers, count_workers
 
@@ -40,7 +41,8 @@ class Tally(NamedTuple):
 def collect(job: CollectJob, device: torch.device, local_world: int, report: Report) -> dict[str, Tally]:
     """Play what is missing and write it; what then is there, by data set.
 
-    Interrupted, it writes what is finished before it ends; killed, that is done when it is called again.
+    A person who closes the window of corrections ends it early. Interrupted, it writes what is finished before it ends;
+    killed, that is done when it is called again.
     """
     with open_journal(job.out) as journal:
         _agree_on_record(job)
@@ -49,6 +51,9 @@ def collect(job: CollectJob, device: torch.device, local_world: int, report: Rep
         while plans := _missing_plans(job, failed_demos):
             try:
                 failed_demos |= _play(job, journal, plans, device, local_world, report)
+            except PersonLeft:
+                report("the window was closed; the same command goes on with the episodes that are missing")
+                break
             finally:
                 _write_waiting(job, journal, report)
             _check_expert(job, failed_demos)
@@ -66,9 +71,10 @@ def _play(
     """Returns the numbers of demonstrations that failed: they are not kept."""
     if job.actor is not None:
         job.actor.to(device)
-    rules = PlayRules(job.config.collect, job.seed)
+    rules = PlayRules(job.config.collect, job.seed, job.corrector)
     evaluation = job.config.evaluation
-    num_workers = min(count_workers(evaluation, local_world), len(plans))
+    # A person watches one environment.
+    num_workers = 1 if job.corrector == "keyboard" else min(count_workers(evaluation, local_world), len(plans))
     kinds = {kind.mode: kind for kind in job.goals}
     decide = None if job.actor is None else job.actor.decide
     failed_demos: set[int] = set()
@@ -134,6 +140,8 @@ def _label(job: CollectJob, kind: Kind, plan: EpisodePlan) -> Label:
         actor = "a mediocre expert"
     elif kind is not DEMO:
         actor = f"{job.checkpoint} ({job.checkpoint_hash[:12]})"
+    if job.corrector == "keyboard":
+        actor += ", corrected at the keyboard"
     return Label(
         dataset=job.dataset(kind),
         index=plan.number - kind.offset,
@@ -163,12 +171,12 @@ def _write_waiting(job: CollectJob, journal: Journal, report: Report) -> None:
 
 def _names(out: Path) -> set[str]:
     """Of the episodes in the shards."""
-    if not (out / MANIFEST_NAME).exists():
-        return set()
     return {name for index in _indices(out) for name in index.episodes.tolist()}
 
 
 def _indices(out: Path) -> Iterator[ShardIndex]:
+    if not (out / MANIFEST_NAME).exists():
+        return
     for shard in Manifest.load(out).shards:
         yield ShardIndex.load(ShardIndex.path_of(out / shard.name))
 

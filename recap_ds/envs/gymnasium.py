@@ -79,10 +79,20 @@ class GymnasiumWorld(Environment):
 
     def _picture(self, camera: str, key: str) -> np.ndarray:
         place = f"env.cameras.{camera}"
-        picture = self._world.render() if key == RENDER else self._find(key, place)
+        picture = self._rendered(place) if key == RENDER else self._find(key, place)
         if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
             raise UsageError(f"{place}: {key!r} of {self._name} is no uint8 [height, width, 3]; {self._keys()}")
         return resize_with_padding(picture, self._size)
+
+    def _rendered(self, place: str) -> Any:
+        try:
+            return self._world.render()
+        except AssertionError as error:
+            # What gymnasium's own classes raise where nobody said how they are to render.
+            said = f" ({error})" if str(error) else ""
+            raise UsageError(
+                f"{place}: {self._name} does not render{said}; give env.options.render_mode=rgb_array"
+            ) from None
 
     def _find(self, key: str, place: str) -> Any:
         value = self._observation

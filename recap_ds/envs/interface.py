@@ -29,6 +29,7 @@ class EnvSpec:
     fps: float
     max_steps: int
     has_expert: bool
+    gripper_dim: int | None = None  # the action dim that closes a gripper: low = open, high = closed
 
     @property
     def action_dim(self) -> int:
@@ -68,6 +69,10 @@ class Environment(ABC):
     def expert_action(self) -> np.ndarray:
         """What the scripted expert would do now, [A]; only where ``spec.has_expert``."""
         raise UsageError(f"--env {self.spec.name}: has no scripted expert")
+
+    def rest_action(self) -> np.ndarray:
+        """[A], leaves the robot where it is; the middle of the range where actions are relative."""
+        return (self.spec.action_low + self.spec.action_high) / 2
 
     def progress(self) -> float:
         """Rises as the task gets done, in units of its own; where it stalls an expert may take over."""

@@ -57,6 +57,7 @@ class MetaWorld(Environment):
             fps=FPS,
             max_steps=max_steps or MAX_STEPS,
             has_expert=True,
+            gripper_dim=ACTION_DIM - 1,
         )
 
     def reset(self, seed: int, task: str) -> None:

@@ -53,6 +53,10 @@ class PushT(Environment):
     def close(self) -> None:
         self._world.close()
 
+    def rest_action(self) -> np.ndarray:
+        """The place where the pusher is."""
+        return self._full_state[:STATE_DIM]
+
     def progress(self) -> float:
         """Share of the outline that the block covers."""
         return self._coverage

@@ -9,6 +9,9 @@ import numpy as np
 
 from recap_ds.config import CollectConfig
 
+# Who corrects a policy: the environment's expert, or a person in a window.
+CorrectorName = Literal["script", "keyboard"]
+
 
 class EpisodePlan(NamedTuple):
     """One episode to play. ``number`` keys everything random about it, whoever plays it and wherever."""
@@ -20,7 +23,7 @@ class EpisodePlan(NamedTuple):
     arm: int = 0  # which of the compared ways to act; the caller's own numbering
     # Pictures of every frame are kept: for films and for shards. Else only what the policy reads is rendered.
     keeps_pictures: bool = False
-    # The policy acts, the policy acts and the expert corrects it, or the expert acts alone.
+    # The policy acts, the policy acts and the corrector corrects it, or the expert acts alone.
     mode: Literal["policy", "corrected", "expert"] = "policy"
     # True = there is no policy: the expert, made mediocre by collect.expert_*, acts in its place.
     stands_in: bool = False
@@ -41,7 +44,7 @@ class PlayedEpisode(NamedTuple):
     states: np.ndarray  # [T, S] float32
     actions: np.ndarray  # [T, A] float32, as executed: within the bounds
     rewards: np.ndarray  # [T] float32, the environment's
-    expert: np.ndarray  # [T] bool, True = the scripted expert acted, in a demonstration or a correction
+    expert: np.ndarray  # [T] bool, True = not the policy acted: a demonstration or a correction
     pictures: dict[str, np.ndarray] | None  # camera -> [T, P, P, 3] uint8
     num_rendered: int  # times a picture was made of the world
 
@@ -55,3 +58,4 @@ class PlayRules(NamedTuple):
 
     collect: CollectConfig
     seed: int  # of the expert's noise
+    corrector: CorrectorName = "script"

@@ -1,5 +1,5 @@
 """Plays episodes in one environment, in the environment's own process: executes chunks, keeps time, records, and lets
-the scripted expert take over where the policy stalls and hand back later.
+a corrector take over and hand back.
 
 A picture is rendered where the policy looks, and everywhere if the plan keeps pictures; never otherwise.
 
@@ -9,13 +9,13 @@ A picture is rendered where the policy looks, and everywhere if the plan keeps p
 import numpy as np
 
 from recap_ds.envs.interface import Environment, observe
+from recap_ds.rollout.corrector import Corrector, Moment
 from recap_ds.rollout.episode import EpisodePlan, Look, PlayedEpisode, PlayRules
-from recap_ds.rollout.takeover import Takeover
 
 
 class Player:
-    def __init__(self, env: Environment, rules: PlayRules) -> None:
-        self._env, self._rules = env, rules
+    def __init__(self, env: Environment, rules: PlayRules, corrector: Corrector) -> None:
+        self._env, self._rules, self._corrector = env, rules, corrector
         self._middle = (env.spec.action_high + env.spec.action_low) / 2
         self._half_range = (env.spec.action_high - env.spec.action_low) / 2
 
@@ -25,14 +25,15 @@ class Player:
         self._frames: list[tuple[np.ndarray, np.ndarray, float, bool]] = []
         self._pictures: list[dict[str, np.ndarray]] = []
         self._num_rendered = 0
-        self._takeover = Takeover(self._rules.collect)
         self._ended = self._success = False
         self._env.reset(plan.seed, plan.task)
+        if plan.mode == "corrected" and self._corrector.begin(self._moment()):
+            self._correct()
         if plan.mode == "expert":
             self._demonstrate()
         elif plan.stands_in:
             self._stand_in()
-        else:
+        elif not self._ended:
             return self._look()
         return self._finish()
 
@@ -40,18 +41,18 @@ class Player:
         """Execute ``actions`` [K, A] until the policy is to look again or the episode is over.
 
         ``value``: what a critic says of the observation that the policy acted on; in mode corrected a takeover goes by
-        it, or without it by the environment's own progress.
+        it, or without it by every frame.
         """
         corrected = self._plan.mode == "corrected"
-        stalled = corrected and value is not None and self._takeover.stalls(value, len(actions))
-        for action in () if stalled else actions:
+        taken = corrected and value is not None and self._corrector.watch(self._moment(), value, len(actions))
+        for action in () if taken else actions:
             self._step(action, is_expert=False)
             if self._ended:
                 return self._finish()
-            if corrected and value is None and self._takeover.stalls(self._env.progress(), 1):
-                stalled = True
+            if corrected and value is None and self._corrector.watch(self._moment(), None, 1):
+                taken = True
                 break
-        if stalled:
+        if taken:
             self._correct()
         return self._finish() if self._ended else self._look()
 
@@ -69,7 +70,7 @@ class Player:
             wobble = bias + collect.expert_noise * noise.standard_normal(len(bias))
             slowed = self._middle + collect.expert_speed * (self._env.expert_action() - self._middle)
             self._step(slowed + self._half_range * wobble, is_expert=False)
-            if self._plan.mode == "corrected" and not self._ended and self._takeover.stalls(self._env.progress(), 1):
+            if self._plan.mode == "corrected" and not self._ended and self._corrector.watch(self._moment(), None, 1):
                 self._correct()
 
     def _noise(self) -> np.random.Generator:
@@ -77,12 +78,12 @@ class Player:
         return np.random.default_rng([self._rules.seed, self._plan.number])
 
     def _correct(self) -> None:
-        """The expert acts for as long as a correction lasts; then the policy has another chance."""
-        for _ in range(self._rules.collect.correction_frames):
-            self._step(self._env.expert_action(), is_expert=True)
-            if self._ended:
-                return
-        self._takeover.hand_back()
+        """The corrector acts until it hands back; then the policy has another chance."""
+        while not self._ended and (action := self._corrector.act(self._moment())) is not None:
+            self._step(action, is_expert=True)
+
+    def _moment(self) -> Moment:
+        return Moment(len(self._frames), self._plan.prompt, self._pictures_now)
 
     def _step(self, action: np.ndarray, is_expert: bool) -> None:
         spec = self._env.spec
@@ -90,22 +91,19 @@ class Player:
         # What is recorded is what the world is given, to the last bit: an episode can be replayed from its file.
         executed = np.clip(action, spec.action_low, spec.action_high).astype(np.float32)
         if self._plan.keeps_pictures:
-            self._picture_now()
+            self._pictures_now()
         result = self._env.step(executed)
         self._frames.append((state, executed, result.reward, is_expert))
         self._success = result.success
         self._ended = result.success or result.terminated or len(self._frames) >= spec.max_steps
 
     def _look(self) -> Look:
-        frame = len(self._frames)
-        if self._plan.keeps_pictures:
-            images = self._picture_now()
-        else:
-            images = self._render()
-        return Look(frame, observe(self._env, images, self._plan.prompt))
+        return Look(len(self._frames), observe(self._env, self._pictures_now(), self._plan.prompt))
 
-    def _picture_now(self) -> dict[str, np.ndarray]:
-        """This frame's pictures, rendered once: when the policy looks at a frame, its action is still to come."""
+    def _pictures_now(self) -> dict[str, np.ndarray]:
+        """This frame's; where all are kept, rendered once: whoever looks at a frame, its action is still to come."""
+        if not self._plan.keeps_pictures:
+            return self._render()
         if len(self._pictures) == len(self._frames):
             self._pictures.append(self._render())
         return self._pictures[-1]

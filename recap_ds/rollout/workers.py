@@ -8,6 +8,7 @@ import os
 import signal
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
@@ -16,8 +17,11 @@ import numpy as np
 
 from recap_ds.config import EnvConfig, EvaluationConfig
 from recap_ds.envs.build import open_environment
+from recap_ds.envs.interface import Environment
 from recap_ds.errors import RunFailed, UsageError
+from recap_ds.rollout.corrector import Corrector, ScriptedCorrector
 from recap_ds.rollout.episode import EpisodePlan, Look, PlayedEpisode, PlayRules
+from recap_ds.rollout.keyboard import KeyboardCorrector, PersonLeft
 from recap_ds.rollout.player import Player
 
 CLOSE_SECONDS = 5.0
@@ -37,6 +41,10 @@ class _Failure(NamedTuple):
 
     message: str
     is_usage: bool
+
+
+class _Left(NamedTuple):
+    """The person who corrects closed the window."""
 
 
 class Workers:
@@ -77,7 +85,7 @@ class Workers:
         self._send(worker, ("play", (actions, value)))
 
     def receive(self, busy: Sequence[int]) -> dict[int, Look | PlayedEpisode]:
-        """The answers of at least one of the ``busy`` workers; waits for the first."""
+        """The answers of at least one of the ``busy`` workers; waits for the first. PersonLeft ends all of them."""
         worker_of = {id(self._pipes[worker]): worker for worker in busy}
         ready = wait([self._pipes[worker] for worker in busy])
         return {worker_of[id(pipe)]: self._read(worker_of[id(pipe)]) for pipe in ready}
@@ -98,6 +106,8 @@ class Workers:
             raise RunFailed(
                 f"--env {self._name}: an environment process died (exit code {code}); its own words are above"
             ) from None
+        if isinstance(answer, _Left):
+            raise PersonLeft
         if isinstance(answer, _Failure):
             raise (UsageError if answer.is_usage else RunFailed)(answer.message)
         return answer
@@ -115,17 +125,31 @@ def _serve(pipe: Connection, settings: WorldSettings, rules: PlayRules) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         env = open_environment(settings.name, settings.env, settings.cameras, settings.image_size)
-        player = Player(env, rules)
+        corrector = _open_corrector(env, rules)
+        player = Player(env, rules, corrector)
         while True:
             name, arguments = pipe.recv()
             pipe.send(player.begin(*arguments) if name == "begin" else player.play(*arguments))
     except EOFError:
+        corrector.close()
         env.close()
     except BrokenPipeError:
         return
+    except PersonLeft:
+        # Where the parent has ended there is nobody to tell.
+        with suppress(BrokenPipeError):
+            pipe.send(_Left())
     except UsageError as error:
         pipe.send(_Failure(str(error), is_usage=True))
     # Whatever a simulator throws: the parent reports it, and the traceback is for whoever wrote the simulator.
     except Exception as error:
         traceback.print_exc()
         pipe.send(_Failure(f"--env {settings.name}: {type(error).__name__}: {error}", is_usage=False))
+
+
+def _open_corrector(env: Environment, rules: PlayRules) -> Corrector:
+    if rules.corrector == "script":
+        return ScriptedCorrector(env, rules.collect)
+    from recap_ds.rollout.window import PygameWindow
+
+    return KeyboardCorrector(env, PygameWindow(f"recap-ds collect: {env.spec.name}", env.spec.fps))

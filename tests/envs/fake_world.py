@@ -23,8 +23,8 @@ class Discrete:
 class Cart:
     """``length``: how far the end is; ``tells``: whether it knows its rate and time limit."""
 
-    def __init__(self, length=3.0, tells=True, discrete=False, bound=2.0, endless=False, breaks=False):
-        self.length, self.breaks = length, breaks
+    def __init__(self, length=3.0, tells=True, discrete=False, bound=2.0, endless=False, breaks=False, blind=False):
+        self.length, self.breaks, self.blind = length, breaks, blind
         self.action_space = Discrete() if discrete else Box([-1.0], [np.inf if endless else bound])
         self.metadata = {"render_fps": 20} if tells else {}
         self.spec = SimpleNamespace(max_episode_steps=6) if tells else None
@@ -44,6 +44,8 @@ class Cart:
         return self._see(), self.place, done, self.place < -1, {"is_success": done, "other": 1}
 
     def render(self):
+        # As gymnasium's own classes do without a render_mode.
+        assert not self.blind
         self.num_renders += 1
         return np.full((20, 40, 3), 7, np.uint8)
 

@@ -84,6 +84,7 @@ def test_only_what_is_looked_at_is_rendered():
         ({"options": {"discrete": True}}, "its actions are Discrete(4)"),
         ({"options": {"endless": True}}, "acts in a bounded vector"),
         ({"options": {"wings": 2}}, "its arguments are env.options"),
+        ({"options": {"blind": True}}, "Cart does not render; give env.options.render_mode=rgb_array"),
     ],
 )
 def test_what_does_not_fit_ends_in_one_line(settings, said):

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 
 from recap_ds.config import CollectConfig
+from recap_ds.rollout.corrector import ScriptedCorrector
 from recap_ds.rollout.episode import EpisodePlan, Look, PlayedEpisode, PlayRules
 from recap_ds.rollout.player import Player
 from tests.rollout.line_world import LineWorld
 
 
 def player(max_steps=12, **collect):
-    return Player(LineWorld(max_steps), PlayRules(CollectConfig(**collect), seed=3))
+    world, rules = LineWorld(max_steps), PlayRules(CollectConfig(**collect), seed=3)
+    return Player(world, rules, ScriptedCorrector(world, rules.collect))
 
 
 def plan(task="go", seed=0, number=0, **fields):

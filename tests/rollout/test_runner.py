@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from recap_ds.config import CollectConfig
+from recap_ds.rollout.corrector import ScriptedCorrector
 from recap_ds.rollout.episode import EpisodePlan, PlayRules
 from recap_ds.rollout.player import Player
 from recap_ds.rollout.requests import Decision
@@ -16,7 +17,8 @@ class LocalWorkers:
 
     def __init__(self, num_workers, all_at_once):
         rules = PlayRules(CollectConfig(), seed=0)
-        self._players = [Player(LineWorld(), rules) for _ in range(num_workers)]
+        worlds = [LineWorld() for _ in range(num_workers)]
+        self._players = [Player(world, rules, ScriptedCorrector(world, rules.collect)) for world in worlds]
         self._answers, self._all_at_once = {}, all_at_once
 
     def __len__(self):
