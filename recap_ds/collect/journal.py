@@ -8,7 +8,6 @@ and a process that is killed loses only the episodes that were still being playe
     T frames   S, A state and action dims   P picture side
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,8 +21,8 @@ import numpy as np
 
 from recap_ds.config import SourceName
 from recap_ds.data.episodes import Episode
-from recap_ds.errors import UsageError
 from recap_ds.files.atomic import sync_folder
+from recap_ds.files.lock import hold_folder
 from recap_ds.files.records import sync_file
 from recap_ds.rollout.episode import PlayedEpisode
 
@@ -66,16 +65,7 @@ class StoredPictures:
 def open_journal(out: Path) -> Iterator["Journal"]:
     """Of the shard folder ``out``, which is made. One collection at a time: a second one is a UsageError."""
     folder = out / JOURNAL_NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, which also frees the lock
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"--out {out}: another process collects there; wait for it") from None
+    with hold_folder(folder, f"--out {out}: another process collects there; wait for it"):
         yield Journal(folder)
 
 

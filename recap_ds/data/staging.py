@@ -5,7 +5,6 @@ is replaced the old one is valid and complete; whatever an interrupted import le
 nothing else is ever deleted.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from recap_ds.data.index import SHARD_NAME, ShardIndex
 from recap_ds.data.manifest import MANIFEST_NAME, Manifest
 from recap_ds.errors import UsageError
 from recap_ds.files.atomic import sync_folder
+from recap_ds.files.lock import hold_folder
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,7 @@ def open_staging(folder: Path) -> Iterator[Staging]:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One writer at a time; a second one is a UsageError. What an interrupted import left is gone on entry."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, which also frees the lock
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be written ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{folder}: another process is writing shards there; wait for it") from None
+    with hold_folder(folder, f"{folder}: another process is writing shards there; wait for it"):
         _take_back(folder)
         yield
 

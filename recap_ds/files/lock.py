@@ -32,6 +32,20 @@ def lock_folder(folder: Path) -> IO[str] | None:
 
 
 @contextmanager
+def hold_folder(folder: Path, busy: str) -> Iterator[None]:
+    """Make ``folder`` and hold its lock; UsageError where that cannot be, ``busy`` where another process has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written ({error.strerror})") from None
+    if lock is None:
+        raise UsageError(busy)
+    with lock:
+        yield
+
+
+@contextmanager
 def exclusive(path: Path, what: str, report: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock at ``path``; UsageError, naming the holder, where another process works on ``what``.
 

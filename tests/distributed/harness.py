@@ -16,18 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recap_ds.doctor.network import LAUNCHER_VARIABLES
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULT_VARIABLE = "RECAP_DS_TEST_RESULT"
 TIMEOUT_VARIABLE = "RECAP_DS_TEST_TIMEOUT_SECONDS"
-LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "LOCAL_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 
 def run_ranks(worker: str, world: int, *args: str, timeout_seconds: float = 240.0) -> list[dict[str, Any]]:
