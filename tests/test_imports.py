@@ -40,7 +40,7 @@ ALLOWED = {
     "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "plan"},
     "iterate": BASE | {"models", "data", "checkpoint", "label", "train"},
     "doctor": BASE | {"models", "data", "distributed"},
-    "bench": BASE | {"models", "processing", "distributed", "checkpoint"},
+    "bench": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "train"},
     "cli": BASE
     | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"}
     | {"iterate", "collect", "doctor", "plan", "bench"},

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from recap_ds.cli.sizes import parse_bytes, parse_count
 
 MIN_PARAMETERS, MAX_PARAMETERS = 10**6, 10**11
 MAX_REPEATS = 100
+MAX_RANKS = 64
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -15,6 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     benches = parser.add_subparsers(metavar="WHAT", required=True)
     add_consolidate(benches)
     add_resume(benches)
+    add_step(benches)
 
 
 def add_consolidate(benches: argparse._SubParsersAction) -> None:
@@ -62,4 +65,35 @@ def run_resume(args: argparse.Namespace) -> int:
     num_parameters = parse_count("--parameters", args.parameters, MIN_PARAMETERS, MAX_PARAMETERS)
     num_repeats = parse_count("--repeats", args.repeats, 1, MAX_REPEATS)
     print(json.dumps(bench_resume(num_parameters, num_repeats, args.folder)))
+    return 0
+
+
+def add_step(benches: argparse._SubParsersAction) -> None:
+    parser = benches.add_parser(
+        "step",
+        help="training steps under the engine beside DDP and one rank, and where their time goes",
+        description="Steps of stage joint, in turns, under the engine, under torch's DDP, on every rank apart and on "
+        "one rank; with a frozen VLM also those of stage policy. A table on stderr. Without data.shards it makes some.",
+        epilog="example: recap-ds bench step --repeats 15 training.batch_size=64",
+    )
+    parser.add_argument(
+        "--config", metavar="YAML", type=Path, help="recipe (default: a small one in which compute dominates)"
+    )
+    parser.add_argument(
+        "--deepspeed", metavar="JSON", default="ds_configs/zero3.json", help="see ds_configs/ (default: %(default)s)"
+    )
+    parser.add_argument("--ranks", default="2", metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument("--repeats", default="7", metavar="N", help="medians over so many (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the recipe's")
+    parser.set_defaults(run=run_step)
+
+
+def run_step(args: argparse.Namespace) -> int:
+    num_ranks = parse_count("--ranks", args.ranks, 1, MAX_RANKS)
+    num_repeats = parse_count("--repeats", args.repeats, 1, MAX_REPEATS)
+    from recap_ds.bench.step import bench_step, table  # torch takes a second
+
+    figures = bench_step(args.config, args.overrides, args.deepspeed, num_ranks, num_repeats)
+    print("\n".join(table(figures)), file=sys.stderr)
+    print(json.dumps(figures))
     return 0

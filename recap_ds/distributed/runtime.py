@@ -184,6 +184,13 @@ def accelerator_is_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
+def wait_for_device() -> None:
+    """Until everything queued on this rank's accelerator is done: for measuring, never in a step."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().synchronize()
+
+
 def accelerator_name(device: torch.device) -> str | None:
     """The driver's name of a GPU; None of a CPU."""
     return None if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)

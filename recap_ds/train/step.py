@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from recap_ds.algo.advantage import AdvantageScale, forced_positive
+from recap_ds.algo.advantage import AdvantageRing, AdvantageScale, forced_positive
 from recap_ds.batch import TransitionBatch, to_device
 from recap_ds.checkpoint.tile_file import EMA, TARGET
 from recap_ds.data.draws import identity_of
@@ -58,7 +58,7 @@ def take_step(
         # differ and a resumed run draws what an uninterrupted one would have.
         torch.manual_seed(identity_of("dropout", config.training.seed, step, session.runtime.info.rank))
 
-    ring_rows, sample_losses, step_losses, spike = [], [], [], None
+    rows, sample_losses, step_losses, spike = [], [], [], None
     for number, host_batch in enumerate(micro_batches):
         batch = to_device(host_batch, session.runtime.device)
         output = engine(batch, "train", scale, counts, warming_up)
@@ -73,14 +73,14 @@ def take_step(
         output = output._replace(loss=output.loss.detach())
         metrics.add(batch, output)
         if session.ring is not None:
-            ring_rows.append(_ring_rows(batch, output, config.recap.demos))
+            rows.append(ring_rows(batch, output, config.recap.demos))
         losses = [loss for loss in (output.policy_loss, output.q_loss, output.v_loss) if loss is not None]
         sample_losses.append(torch.stack(losses).detach().sum(dim=0))
     zero_stale_gradients(engine)
     applied = step_was_applied(engine)
     metrics.end_step(applied)
     if applied:
-        _follow(session, ring_rows)
+        _follow(session, rows)
         if spike is not None:
             session.spikes.remember(spike)
     return StepResult(applied, batch, output, torch.cat(sample_losses), global_grad_norm(engine), group_norms, spike)
@@ -105,14 +105,20 @@ def step_normalizers(micro_batches: Sequence[TransitionBatch], device: torch.dev
     return normalizers(total[:-1] / total[-1])
 
 
-def _ring_rows(batch: TransitionBatch, output: TrainOutput, demos: Literal["positive", "labelled"]) -> Tensor:
+def ring_rows(batch: TransitionBatch, output: TrainOutput, demos: Literal["positive", "labelled"]) -> Tensor:
     """[B, 4]: advantage, task, eligible, slot. Float64 holds ids and slots (below 2^53) exactly: one gather does."""
     eligible = batch.td_valid & batch.sample_valid & ~forced_positive(batch.source, demos)
     columns = (output.advantage, batch.task, eligible, batch.slot)
     return torch.stack([column.double() for column in columns], dim=1)
 
 
-def _follow(session: Session, ring_rows: Sequence[Tensor]) -> None:
+def append_advantages(ring: AdvantageRing, rows: Tensor) -> None:
+    """``rows`` [n, 4]: those of ``ring_rows``, of every rank and micro-batch of a step."""
+    advantage, task, eligible, slot = rows.unbind(dim=1)
+    ring.append(advantage.float(), task.long(), eligible.bool(), slot.long())
+
+
+def _follow(session: Session, rows: Sequence[Tensor]) -> None:
     """After an applied step: targets, averages and the advantage ring, those there are, move on.
 
     Collective: every rank must call.
@@ -122,8 +128,5 @@ def _follow(session: Session, ring_rows: Sequence[Tensor]) -> None:
         session.shadows[TARGET].lerp(config.iql.target_update_rate)
     if config.training.ema_decay is not None:
         session.shadows[EMA].lerp(1.0 - config.training.ema_decay)
-    if session.ring is None:
-        return
-    rows = torch.cat(list(ring_rows)).flatten()
-    advantage, task, eligible, slot = gather_flat(rows).view(-1, 4).unbind(dim=1)
-    session.ring.append(advantage.float(), task.long(), eligible.bool(), slot.long())
+    if session.ring is not None:
+        append_advantages(session.ring, gather_flat(torch.cat(list(rows)).flatten()).view(-1, 4))
