@@ -4,6 +4,7 @@ Real training steps of a recipe on a few ranks of this machine, in turns in the 
 engine of a DeepSpeed configuration (``engine``), under torch's DDP (``ddp``), on every rank at once without a word
 between them (``apart``: what DDP and engine would reach if communication were free), on one rank (``alone``); and with
 a frozen VLM under the engine, stage joint and stage policy. Every ratio is the median of ratios within one round.
+DDP waits for its peers within the backward, in C++: its communication is not seen as such.
 """
 
 import json
@@ -66,7 +67,8 @@ def bench_step(
         for name, config in configurations(folder, recipe, overrides).items():
             plan_session(config, ds_path, RankInfo(world=num_ranks, local_world=num_ranks))  # refuses what is wrong
             (folder / f"{name}.yaml").write_text(dump_config(config), encoding="utf-8")
-        run_ranks(folder, ds_path, num_ranks, num_repeats)
+        command = [sys.executable, "-m", "recap_ds.bench.step_rank", str(folder), ds_path, str(num_repeats)]
+        run_ranks(command, folder, num_ranks)
         result = json.loads((folder / RESULT_NAME).read_text())
     return figures(result, num_ranks, num_repeats)
 
@@ -89,24 +91,21 @@ def configurations(folder: Path, recipe: Path | None, overrides: Sequence[str]) 
     return {name: load_config(recipe, [*settings, f"name={name}", *kind]) for name, kind in kinds.items()}
 
 
-def run_ranks(folder: Path, ds_path: str, num_ranks: int, num_repeats: int) -> None:
-    """RunFailed with the last line of the first rank that failed."""
-    command = [sys.executable, "-m", "recap_ds.bench.step_rank", str(folder), ds_path, str(num_repeats)]
+def run_ranks(command: list[str], folder: Path, num_ranks: int) -> None:
+    """RunFailed with the last line that a rank that failed has said."""
     port = free_port()
     ranks = [start_rank(command, folder, rank, num_ranks, port) for rank in range(num_ranks)]
     try:
         while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
             time.sleep(0.1)
+        failed = [number for number, rank in enumerate(ranks) if rank.returncode]
     finally:
         for rank in ranks:  # they would wait for the one that failed
             if rank.poll() is None:
                 rank.kill()
             rank.wait()
-    failed = [number for number, rank in enumerate(ranks) if rank.returncode]
     if failed:
-        # The one that spoke: those that were ended only wait.
-        logs = [log_of(folder, number).read_text(encoding="utf-8", errors="replace").strip() for number in failed]
-        said = next((text for text in logs if text), "it said nothing")
+        said = log_of(folder, failed[0]).read_text(encoding="utf-8", errors="replace").strip() or "it said nothing"
         raise RunFailed(f"bench step: rank {failed[0]} of {num_ranks} failed: {said.splitlines()[-1]}")
 
 
@@ -131,10 +130,11 @@ def figures(result: dict[str, Any], num_ranks: int, num_repeats: int) -> dict[st
     taken = {name: by_round(result["taken"], name) for name in result["taken"][0]}
     seconds = {name: [max(each.seconds for each in ranks) for ranks in rounds[0::2]] for name, rounds in taken.items()}
     samples = result["micro_batch"] * result["accumulation"]
+    host = {name: [max(each.host_seconds for each in ranks) for ranks in rounds] for name, rounds in taken.items()}
     speed = {name: samples * (1 if name == "alone" else num_ranks) / median(each) for name, each in seconds.items()}
 
-    def ratio(name: str, over: str) -> float:
-        return round(median(a / b for a, b in zip(seconds[name], seconds[over], strict=True)), 3)
+    def ratio(of: dict[str, list[float]], name: str, over: str) -> float:
+        return round(median(a / b for a, b in zip(of[name], of[over], strict=True)), 3)
 
     facts = {name: value for name, value in result.items() if name != "taken"}
     return {
@@ -143,13 +143,17 @@ def figures(result: dict[str, Any], num_ranks: int, num_repeats: int) -> dict[st
         "ranks": num_ranks,
         "repeats": num_repeats,
         "step_seconds": {name: round(median(each), 4) for name, each in seconds.items()},
+        "host_seconds": {name: round(median(each), 4) for name, each in host.items()},
         "samples_per_second": {name: round(each, 2) for name, each in speed.items()},
         # Of samples per second; the share of a step without communication that engine and DDP keep.
-        "engine_over_ddp": ratio("ddp", ENGINE),
-        "engine_over_apart": ratio("apart", ENGINE),
-        "ddp_over_apart": ratio("apart", "ddp"),
+        "engine_over_ddp": ratio(seconds, "ddp", ENGINE),
+        "engine_over_apart": ratio(seconds, "apart", ENGINE),
+        "ddp_over_apart": ratio(seconds, "apart", "ddp"),
         # Of seconds: what critics and next observations cost a step with a frozen VLM.
-        "joint_over_policy_seconds": ratio(JOINT, POLICY),
+        "joint_over_policy_seconds": ratio(seconds, JOINT, POLICY),
+        # The same two of processor time, which other jobs on a busy machine do not lengthen.
+        "engine_over_ddp_host": ratio(host, "ddp", ENGINE),
+        "joint_over_policy_host": ratio(host, JOINT, POLICY),
         "phase_shares": {name: shares(rounds[1::2]) for name, rounds in taken.items()},
     }
 
@@ -168,12 +172,14 @@ def shares(rounds: list[list[Taken]]) -> dict[str, float]:
 
 def table(figure: dict[str, Any]) -> list[str]:
     """For people: a line per trainer."""
-    lines = [f"{'':14}{'s/step':>9}{'samples/s':>11}" + "".join(f"{name:>14}" for name in PHASES)]
+    lines = [f"{'':14}{'s/step':>9}{'host s':>9}{'samples/s':>11}" + "".join(f"{name:>14}" for name in PHASES)]
     for name, seconds in figure["step_seconds"].items():
         parts = "".join(f"{figure['phase_shares'][name][phase]:>14.1%}" for phase in PHASES)
-        lines.append(f"{name:14}{seconds:>9.4f}{figure['samples_per_second'][name]:>11.2f}{parts}")
+        host, speed = figure["host_seconds"][name], figure["samples_per_second"][name]
+        lines.append(f"{name:14}{seconds:>9.4f}{host:>9.4f}{speed:>11.2f}{parts}")
     lines.append(
         f"samples/s: engine {figure['engine_over_ddp']:.2f} x DDP and {figure['engine_over_apart']:.2f} x apart; "
-        f"seconds with a frozen VLM: joint {figure['joint_over_policy_seconds']:.2f} x policy"
+        f"seconds with a frozen VLM: joint {figure['joint_over_policy_seconds']:.2f} x policy; of processor time "
+        f"{figure['engine_over_ddp_host']:.2f}, {figure['joint_over_policy_host']:.2f}"
     )
     return lines

@@ -7,7 +7,7 @@ on all of them alike. Rank 0 writes FOLDER/result.json.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ class Taken(NamedTuple):
     """Of one step; JSON."""
 
     seconds: float  # without data
+    host_seconds: float  # of the rank's processors, whatever else they were given to: threads of collectives included
     phases: dict[str, float]  # seconds, with data; empty where nobody watched
 
 
@@ -101,22 +102,18 @@ def take(contestant: Contestant, runtime: Runtime, watched: bool) -> Taken:
     """Collective: every rank must call."""
     runtime.barrier()
     if not (contestant.everywhere or runtime.info.is_main):
-        return Taken(0.0, {})
+        return Taken(0.0, 0.0, {})
     clock = PhaseClock(running=watched)
     with clock.phase("data"):
         batches = next(contestant.trainer.batches)
     if contestant.everywhere:
         runtime.barrier()  # data is not what is measured: its slowest rank would make all the others' steps long
-    seconds = timed(lambda: contestant.trainer.step(batches, clock))
-    return Taken(seconds, clock.stop() if watched else {})
-
-
-def timed(function: Callable[[], None]) -> float:
     wait_for_device()
-    began = time.perf_counter()
-    function()
+    began, host_began = time.perf_counter(), time.process_time()
+    contestant.trainer.step(batches, clock)
     wait_for_device()
-    return time.perf_counter() - began
+    seconds, host_seconds = time.perf_counter() - began, time.process_time() - host_began
+    return Taken(seconds, host_seconds, clock.stop() if watched else {})
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class EngineTrainer:
 
     def __init__(self, session: Session, linear: Linear):
         self.batches = micro_batches(session.plan)
+        self.policy = session.engine.module
         self._session, self._linear = session, linear
         plan = session.plan
         self._metrics = StepMetrics(plan.config, plan.tasks, session.runtime.device)
@@ -74,13 +75,13 @@ class PlainTrainer:
         config, device = plan.config, runtime.device
         self.batches = micro_batches(plan)
         self._plan, self._device, self._shared = plan, device, shared
-        self._policy = PiStarRECAPPolicy(config).to(device)
+        self.policy = PiStarRECAPPolicy(config).to(device)
         # Float32 parameters: the engine's masters are float32 as well, and autocast is what DDP has for bf16.
         self._half = torch.autocast(device.type, torch.bfloat16, enabled=plan.precision.dtype == torch.bfloat16)
         self._ddp = None
         if shared and runtime.info.world > 1:
-            self._ddp = DistributedDataParallel(self._policy, gradient_as_bucket_view=True)
-        groups = self._policy.parameter_groups()
+            self._ddp = DistributedDataParallel(self.policy, gradient_as_bucket_view=True)
+        groups = self.policy.parameter_groups()
         self._rates = {group["name"]: group["lr"] for group in groups}
         self._trained = [parameter for group in groups for parameter in group["params"]]
         betas, fused = config.training.betas, not accelerator_is_cpu()
@@ -101,7 +102,7 @@ class PlainTrainer:
             batch = to_device(host_batch, self._device)
             with self._reducing(last=number == len(batches) - 1):
                 with clock.phase("forward"), self._half:
-                    output = (self._ddp or self._policy)(batch, "train", scale, counts, warming_up)
+                    output = (self._ddp or self.policy)(batch, "train", scale, counts, warming_up)
                 with clock.phase("backward"):
                     (output.loss / len(batches)).backward()
             output = output._replace(loss=output.loss.detach())
@@ -113,7 +114,7 @@ class PlainTrainer:
             self._optimizer.zero_grad(set_to_none=True)
         self._metrics.end_step(applied=True)
         with clock.phase("shadows"), torch.no_grad():
-            self._policy.update_targets()
+            self.policy.update_targets()
             if self._average:
                 torch._foreach_lerp_(self._average, self._trained, 1.0 - config.training.ema_decay)
         flat = torch.cat(rows).flatten()
