@@ -96,7 +96,10 @@ def run_ranks(command: list[str], folder: Path, num_ranks: int) -> None:
     port = free_port()
     ranks = [start_rank(command, folder, rank, num_ranks, port) for rank in range(num_ranks)]
     try:
-        while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+        while True:
+            codes = [rank.poll() for rank in ranks]
+            if any(codes) or None not in codes:
+                break
             time.sleep(0.1)
         failed = [number for number, rank in enumerate(ranks) if rank.returncode]
     finally:

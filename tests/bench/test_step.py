@@ -140,8 +140,8 @@ def test_a_rank_that_fails_ends_the_others_and_says_why(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--ranks", "0"], "--ranks 0: give a number from 1 to"),
-        (["--repeats", "0"], "--repeats 0: give a number from 1 to"),
+        (["--ranks", "0"], "--ranks 0: give a count"),
+        (["--repeats", "0"], "--repeats 0: give a count"),
         (["--config", "missing.yaml"], "--config missing.yaml: cannot be read"),
         (["training.batch=3"], "batch_size"),
         (["--deepspeed", "missing.json"], "--deepspeed missing.json: No such file"),

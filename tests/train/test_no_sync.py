@@ -16,6 +16,7 @@ from recap_ds.plan.measure import build_on_meta
 from recap_ds.train import step as step_module
 from recap_ds.train.metrics import StepMetrics
 from recap_ds.train.session import Session
+from recap_ds.train.spikes import SpikeGuard
 from recap_ds.train.step import take_step
 from tests.tiny import random_batch, tiny_config
 
@@ -69,7 +70,8 @@ def session_of(config) -> Session:
     else:
         numbers = torch.empty(len(TASKS), device=META)
         scale = AdvantageScale(numbers, numbers, numbers.bool())
-    return Session(config_only, runtime, engine, shadows, ring, engine.peaks, scale)
+    guard = SpikeGuard(window=4, min_steps=1, deviations=6.0, device=META)
+    return Session(config_only, runtime, engine, shadows, ring, engine.peaks, scale, spikes=guard)
 
 
 @pytest.mark.parametrize("stage", STAGES)
