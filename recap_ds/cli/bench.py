@@ -74,11 +74,9 @@ def add_step(benches: argparse._SubParsersAction) -> None:
         help="training steps under the engine beside DDP and one rank, and where their time goes",
         description="Steps of stage joint, in turns, under the engine, under torch's DDP, on every rank apart and on "
         "one rank; with a frozen VLM also those of stage policy. A table on stderr. Without data.shards it makes some.",
-        epilog="example: recap-ds bench step --repeats 15 training.batch_size=64",
+        epilog="example: recap-ds bench step --repeats 15 training.batch_size=128",
     )
-    parser.add_argument(
-        "--config", metavar="YAML", type=Path, help="recipe (default: a small one in which compute dominates)"
-    )
+    parser.add_argument("--config", metavar="YAML", type=Path, help="recipe (default: a small one)")
     parser.add_argument(
         "--deepspeed", metavar="JSON", default="ds_configs/zero3.json", help="see ds_configs/ (default: %(default)s)"
     )
