@@ -21,6 +21,7 @@ class Moment(NamedTuple):
     frame: int
     prompt: str
     pictures: Callable[[], dict[str, np.ndarray]]  # camera -> uint8 [P, P, 3]; may render
+    last_action: np.ndarray | None  # [A], of frame - 1
 
 
 class Corrector(ABC):

@@ -71,6 +71,11 @@ class KeyboardCorrector(Corrector):
         self._window.close()
 
     def _takes(self, moment: Moment) -> bool:
+        dim = self._env.spec.gripper_dim
+        if dim is not None and moment.last_action is not None:
+            # Who takes over holds on to what the policy holds.
+            middle = (self._env.spec.action_low[dim] + self._env.spec.action_high[dim]) / 2
+            self._is_closed = bool(moment.last_action[dim] > middle)
         return TAKE in self._tick(moment, acts=False).pressed
 
     def _tick(self, moment: Moment, *, acts: bool) -> Keys:

@@ -83,7 +83,8 @@ class Player:
             self._step(action, is_expert=True)
 
     def _moment(self) -> Moment:
-        return Moment(len(self._frames), self._plan.prompt, self._pictures_now)
+        last_action = self._frames[-1][1] if self._frames else None
+        return Moment(len(self._frames), self._plan.prompt, self._pictures_now, last_action)
 
     def _step(self, action: np.ndarray, is_expert: bool) -> None:
         spec = self._env.spec

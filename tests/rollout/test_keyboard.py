@@ -120,6 +120,15 @@ def test_the_gripper_keeps_what_it_was_told_and_opens_with_the_episode():
     assert player._frames[0][1].tolist() == [0, -1]
 
 
+def test_who_takes_over_holds_on_to_what_the_policy_holds():
+    for policy, kept in ((2.9, 3.0), (-0.8, -1.0)):
+        player, _ = keyboard_player(Gripping(), NOTHING, tap("t"), hold("space"), tap("escape"))
+        player.begin(EpisodePlan(0, seed=0, task="go", prompt="go", mode="corrected"))
+        with pytest.raises(PersonLeft):
+            player.play(np.array([[0.1, policy]]))
+        assert player._frames[-1][1][1] == kept and player._frames[-1][3]
+
+
 def test_every_dim_has_keys_of_its_own_or_it_is_said():
     spec = LineWorld().spec
     keys = [key for pair in MOVES for key in pair]
