@@ -30,9 +30,15 @@ def run_python(source: str, *arguments: str, **options) -> subprocess.CompletedP
 
 @pytest.fixture
 def signals():
-    with StopSignals() as listening:
-        listening.defer()
-        yield listening
+    # Nothing is ignored, also where the tests themselves were started by nohup or in a script's background.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in stopping.STOP_SIGNALS}
+    try:
+        with StopSignals() as listening:
+            listening.defer()
+            yield listening
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def send(signals: StopSignals, number: int) -> None:
