@@ -30,6 +30,7 @@ class EnvSpec:
     max_steps: int
     has_expert: bool
     gripper_dim: int | None = None  # the action dim that closes a gripper: low = open, high = closed
+    downward_dims: tuple[int, ...] = ()  # action dims that grow towards the bottom of the picture
 
     @property
     def action_dim(self) -> int:

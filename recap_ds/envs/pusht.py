@@ -32,6 +32,7 @@ class PushT(Environment):
             fps=FPS,
             max_steps=max_steps or MAX_STEPS,
             has_expert=False,
+            downward_dims=(1,),
         )
 
     def reset(self, seed: int, task: str) -> None:

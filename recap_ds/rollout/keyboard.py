@@ -122,4 +122,5 @@ def moves_of(spec: EnvSpec) -> dict[int, tuple[str, str]]:
     dims = [dim for dim in range(spec.action_dim) if dim != spec.gripper_dim]
     if len(dims) > len(MOVES):
         raise UsageError(f"--keyboard: moves up to {len(MOVES)} action dims, --env {spec.name} has {len(dims)}")
-    return dict(zip(dims, MOVES, strict=False))
+    pairs = dict(zip(dims, MOVES, strict=False))
+    return {dim: pair[::-1] if dim in spec.downward_dims else pair for dim, pair in pairs.items()}

@@ -137,3 +137,9 @@ def test_every_dim_has_keys_of_its_own_or_it_is_said():
     with pytest.raises(UsageError, match="--keyboard: moves up to 7 action dims, --env line has 8"):
         moves_of(wide)
     assert moves_of(replace(wide, gripper_dim=2))[3] == MOVES[2]
+
+
+def test_up_is_up_on_the_screen():
+    spec = reach().spec
+    assert moves_of(spec)[1] == ("down", "up")
+    assert moves_of(replace(spec, downward_dims=(1,)))[1] == ("up", "down")
