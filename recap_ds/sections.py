@@ -193,7 +193,7 @@ class TrainingConfig(Section):
     # A loss spike is a step whose loss is above the median of the last spike_window_steps by more than spike_deviations
     # robust standard deviations. skip: such a step changes no weight, and spike_max_in_a_row of them end the run.
     # rollback: as many instead take it back to the checkpoint before them, to go on behind their samples.
-    spike_action: Literal["off", "skip", "rollback"] = "off"
+    spike_action: Literal["none", "skip", "rollback"] = "none"
     spike_deviations: float = Field(10.0, gt=0)
     spike_window_steps: int = Field(200, ge=10)
     spike_max_in_a_row: int = Field(5, ge=1)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from recap_ds.checkpoint import layout
 from recap_ds.checkpoint.base_record import BaseRecord
-from recap_ds.checkpoint.record import CheckpointRecord, verify_checkpoint
+from recap_ds.checkpoint.record import CheckpointRecord, name_problems, verify_checkpoint
 from recap_ds.checkpoint.retention import steps_let_go
 from recap_ds.config import CheckpointConfig
 from recap_ds.errors import UsageError
@@ -37,6 +37,8 @@ def checkpoints_of(run: Path) -> Path:
     for folder in (run / layout.CHECKPOINTS_NAME, run):
         if layout.step_folders(folder):
             return folder
+    if layout.parse_step(run.name) is not None:
+        raise UsageError(f"RUN {run}: is one checkpoint; name the run it belongs to")
     raise UsageError(f"RUN {run}: {'holds no checkpoint' if run.is_dir() else 'there is no such folder'}")
 
 
@@ -56,7 +58,10 @@ def _entry(step: int, folder: Path, marks: tuple[str, ...], with_checksums: bool
         record = CheckpointRecord.load(folder)
     except UsageError as error:
         return CheckpointEntry(step, folder, size, None, None, marks, (str(error),))
-    problems = verify_checkpoint(folder) if with_checksums else size_problems(folder, record.files)
+    if with_checksums:
+        problems = verify_checkpoint(folder)
+    else:
+        problems = name_problems(folder, record) + size_problems(folder, record.files)
     state = (folder / layout.STATE_NAME).stat().st_mtime
     saved_at = record.saved_at or datetime.fromtimestamp(state, timezone.utc).isoformat(timespec="seconds")
     return CheckpointEntry(step, folder, size, saved_at, record.world, marks, tuple(problems))
@@ -75,7 +80,7 @@ def base_problems(run: Path) -> list[str]:
 def prune(run: Path, keep: CheckpointConfig, *, with_damaged: bool, dry_run: bool) -> Pruned:
     """Remove what ``keep`` lets go, after reading every byte: only whole checkpoints count as kept ones.
 
-    ``latest`` and ``best`` always stay, and damaged ones too unless ``with_damaged``.
+    What ``latest`` and ``best`` point at stays where it is whole, and damaged ones too unless ``with_damaged``.
     """
     checkpoints = checkpoints_of(run)
     lock = None if dry_run else lock_folder(checkpoints.parent)
@@ -91,8 +96,17 @@ def prune(run: Path, keep: CheckpointConfig, *, with_damaged: bool, dry_run: boo
     gone += damaged if with_damaged else []
     if lock is not None:
         _remove(gone)
+        _mend_links(checkpoints, newest_whole=max(whole))
         lock.close()
     return Pruned(gone, [entry for entry in entries if entry not in gone], [] if with_damaged else damaged)
+
+
+def _mend_links(checkpoints: Path, newest_whole: int) -> None:
+    """Where what they pointed at was damaged and is gone: ``latest`` moves to the newest whole one, ``best`` goes."""
+    if layout.linked_step(checkpoints, layout.LATEST) is None:
+        layout.set_link(checkpoints, layout.LATEST, newest_whole)
+    if layout.linked_step(checkpoints, layout.BEST) is None:
+        (checkpoints / layout.BEST).unlink(missing_ok=True)
 
 
 def _remove(entries: Iterable[CheckpointEntry]) -> None:

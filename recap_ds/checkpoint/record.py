@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from recap_ds.checkpoint.layout import STATE_NAME, rank_file_name
+from recap_ds.checkpoint.layout import STATE_NAME, parse_step, rank_file_name
 from recap_ds.checkpoint.tile_file import TileReader
 from recap_ds.errors import UsageError
 from recap_ds.files.records import CheckedRecord, FileRecord, file_problems
@@ -51,7 +51,14 @@ def verify_checkpoint(path: Path) -> list[str]:
         record = CheckpointRecord.load(path)
     except UsageError as error:
         return [str(error)]
-    return file_problems(path, record.files)
+    return name_problems(path, record) + file_problems(path, record.files)
+
+
+def name_problems(path: Path, record: CheckpointRecord) -> list[str]:
+    """A copy under another name would be taken for another step."""
+    if parse_step(path.name) in (None, record.step):
+        return []
+    return [f"is named {path.name} and holds step {record.step}"]
 
 
 def open_tiles(path: Path, record: CheckpointRecord) -> TileReader:

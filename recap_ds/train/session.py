@@ -197,7 +197,7 @@ def start_session(plan: Plan, runtime: Runtime | None = None, watch: RunWatch | 
 
 
 def build_spike_guard(training: TrainingConfig, device: torch.device) -> SpikeGuard | None:
-    if training.spike_action == "off":
+    if training.spike_action == "none":
         return None
     return SpikeGuard(training.spike_window_steps, training.spike_window_steps // 2, training.spike_deviations, device)
 

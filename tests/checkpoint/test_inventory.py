@@ -144,3 +144,25 @@ def test_wrong_input_ends_in_one_line(arguments, said, tmp_path, monkeypatch, ca
 )
 def test_retention_as_a_function(steps, best, keep, gone):
     assert steps_let_go(steps, best, CheckpointConfig(**keep)) == gone
+
+
+def test_what_pointed_at_a_removed_damaged_one_points_at_a_whole_one_or_nowhere(run):
+    flip_a_bit(run, 10)  # best
+    flip_a_bit(run, 40)  # latest
+    assert main(["checkpoints", "prune", str(run), "--keep-last", "2", "--damaged", "--yes"]) == 0
+    checkpoints = run / "checkpoints"
+    assert steps_of(run) == [20, 30]
+    assert layout.linked_step(checkpoints, layout.LATEST) == 30
+    assert not (checkpoints / layout.BEST).is_symlink()
+
+
+def test_a_copy_under_another_name_is_not_whole(run, capsys):
+    shutil.copytree(run / "checkpoints/step_00000030", run / "checkpoints/step_00000050")
+    assert main(["checkpoints", "verify", str(run)]) == 1
+    assert "is named step_00000050 and holds step 30" in capsys.readouterr().err
+    assert list_checkpoints(run)[-1].problems == ("is named step_00000050 and holds step 30",)
+
+
+def test_a_single_checkpoint_is_no_run(run, capsys):
+    assert main(["checkpoints", "list", str(run / "checkpoints/step_00000030")]) == 2
+    assert "is one checkpoint; name the run" in capsys.readouterr().err
