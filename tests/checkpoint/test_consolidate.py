@@ -231,9 +231,10 @@ def test_the_card_says_where_the_weights_come_from_and_how_good_the_run_was(lora
 
 
 def test_the_card_may_be_edited(lora_run, tmp_path):
-    consolidate(lora_run[0], tmp_path / "export")
+    run, policy = lora_run
+    consolidate(run, tmp_path / "export")
     (tmp_path / "export/README.md").write_text("mine")
-    load_pretrained(tmp_path / "export")
+    assert load_pretrained(tmp_path / "export").policy.config == policy.config
 
 
 def test_a_model_on_the_hub_is_named_as_the_base(tmp_path):
