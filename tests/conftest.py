@@ -3,10 +3,14 @@
 ``pytest -n 0 tests/...`` runs in this process, where a debugger can stop.
 """
 
+import os
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+# Before torch is imported: two workers and the ranks they start share the cores already.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The rooms that start process groups come first, so that no worker is left with one of them at the end.
 LONG_ROOMS = ("checkpoint", "train", "distributed", "cli", "label")
