@@ -6,8 +6,9 @@ Any launcher that sets RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* will do; with n
 import sys
 from pathlib import Path
 
+from recap_ds.cli.errors import leave
 from recap_ds.cli.train import main
 
 # The guard matters: data workers import this file again.
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], quickstart=Path(__file__).parent / "recipes" / "quickstart.yaml"))
+    leave(main(sys.argv[1:], quickstart=Path(__file__).parent / "recipes" / "quickstart.yaml"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from recap_ds.cli.errors import leave
 from recap_ds.cli.train import main
 from recap_ds.train import loop, program
 from recap_ds.train.watchdog import Watchdog
@@ -34,6 +35,10 @@ def befall(kind: str) -> None:
     match kind:
         case "usr1":
             os.kill(os.getpid(), signal.SIGUSR1)
+        case "file":
+            Path("runs/quickstart/stop").touch()
+        case "nothing":
+            pass
         case "launcher":  # the ``deepspeed`` process alone, two above this one
             launcher = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1]
             os.kill(int(launcher), signal.SIGTERM)
@@ -66,4 +71,4 @@ if __name__ == "__main__":
     if VARIABLE in os.environ:
         loop.take_step = with_fault(loop.take_step)
         program.Watchdog = SeenWatchdog
-    sys.exit(main(sys.argv[1:], QUICKSTART))
+    leave(main(sys.argv[1:], QUICKSTART))

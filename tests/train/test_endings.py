@@ -85,6 +85,17 @@ def stops(folder) -> dict[str, Ending]:
 
 
 @pytest.fixture(scope="module")
+def limits(folder) -> dict[str, Ending]:
+    """A run stopped by a file; started again, stopped by the end of its time."""
+    (folder / "limits").mkdir()
+    shards = f"data.shards={folder / 'shards'}"
+    return {
+        "file": launch(folder / "limits", "file 2 0", shards),
+        "time": launch(folder / "limits", "nothing 0", shards, "training.max_wall_minutes=0.01"),
+    }
+
+
+@pytest.fixture(scope="module")
 def failures(folder) -> dict[str, Ending]:
     """A run that loses its first rank; started again, its memory does not suffice; again, it hangs."""
     (folder / "failures").mkdir()
@@ -117,6 +128,20 @@ def test_ranks_whose_launcher_was_killed_save_and_leave(stops):
     before = stops["usr1 3 1"].steps[-1]
     assert ending.line("continuing ") == f"continuing runs/quickstart at step {before}"
     check_stopped(ending, "its launcher has ended", 8)
+
+
+def test_a_file_in_the_run_folder_stops_it(limits):
+    ending = limits["file"]
+    assert ending.code == 75
+    check_stopped(ending, "the stop file", 3)
+
+
+def test_the_end_of_its_time_stops_it(limits):
+    ending = limits["time"]
+    assert ending.code == 75
+    before = limits["file"].steps[-1]
+    assert ending.line("continuing ") == f"continuing runs/quickstart at step {before}", "the file is gone"
+    check_stopped(ending, "training.max_wall_minutes", before + 1)
 
 
 def test_a_killed_rank_takes_the_job_down_in_one_line(failures):
