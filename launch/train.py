@@ -6,8 +6,8 @@ Any launcher that sets RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* will do; with n
 import sys
 from pathlib import Path
 
-from recap_ds.cli.errors import leave
 from recap_ds.cli.train import main
+from recap_ds.errors import leave
 
 # The guard matters: data workers import this file again.
 if __name__ == "__main__":

@@ -25,17 +25,6 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}; see --help")
 
 
-def leave(code: int) -> NoReturn:
-    """End a program of ``launch/`` when all it writes is written, without the interpreter's teardown.
-
-    Threads of C++ libraries were seen to abort in that ('terminate called without an active exception'), and the
-    launcher then reports a signal in place of 75 or 0.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def run_program(program: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Call ``program`` and turn the errors meant for users into a line on stderr and an exit code."""
     try:

@@ -5,7 +5,6 @@ one line, followed by its traceback where it is our bug; every other rank says w
 runs/<name>/failures/. Then nobody waits for anybody: a process group that lost a rank cannot be left in order.
 """
 
-import os
 import re
 import sys
 import threading
@@ -18,7 +17,7 @@ import torch.distributed
 
 from recap_ds.distributed.lifeline import Lifeline, Lost
 from recap_ds.distributed.runtime import RankInfo, memory_report, start_runtime, stop_runtime
-from recap_ds.errors import RunFailed, RunStopped, UsageError
+from recap_ds.errors import RunFailed, RunStopped, UsageError, leave
 from recap_ds.train.failures import FailureLog
 from recap_ds.train.loop import train
 from recap_ds.train.session import Plan, RunWatch, start_session
@@ -93,7 +92,7 @@ class FailureTeller:
         """Of several ranks, this one exits. A single one raises what its program prints."""
         self.tell(error)
         if self._plan.info.world > 1:
-            _exit(self._code)
+            leave(self._code)
         if is_out_of_memory(error):
             raise RunFailed(f"{self._explain(error)}; see {self._log.path}") from error
         raise error
@@ -131,18 +130,11 @@ def _follow(lost: Lost, info: RankInfo, log: FailureLog) -> None:
     if _speaking.acquire(blocking=False):
         log.stacks(f"lost rank {lost.rank}: {lost.why}")
         _say_lost(lost, info, log)
-    _exit(lost.code)
+    leave(lost.code)
 
 
 def _say_lost(lost: Lost, info: RankInfo, log: FailureLog) -> None:
     print(f"error: rank {info.rank}: lost rank {lost.rank}: {lost.why}; more in {log.folder}", file=sys.stderr)
-
-
-def _exit(code: int) -> NoReturn:
-    """Without a word to libraries: their exit handlers would wait for the ranks that are gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def explain(error: Exception, place: str) -> str:

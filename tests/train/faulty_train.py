@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from recap_ds.cli.errors import leave
 from recap_ds.cli.train import main
+from recap_ds.errors import leave
 from recap_ds.train import loop, program
 from recap_ds.train.watchdog import Watchdog
 
