@@ -1,10 +1,11 @@
-"""``recap-ds shards import SRC OUT --source ...``: a LeRobot v3.0 data set becomes tagged shards.
+"""``recap-ds shards import SRC OUT --source ...``: a LeRobot data set becomes tagged shards.
 
 Parses, builds and calls; what an import does stands in ``data/lerobot`` (reading) and ``data/writer.py`` (writing).
 """
 
 import argparse
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,20 +26,39 @@ if TYPE_CHECKING:
 
 # Decoding scales with cores; beyond this the disk is the limit.
 MAX_DEFAULT_JOBS = 16
+# OLD of a camera that a data set lacks.
+NO_CAMERA = "none"
+CAMERA_NAME = re.compile(r"[A-Za-z0-9_-]+")  # names of members in a tar, which split at dots
+MAX_DIMS = 4096
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "import",
-        help="import a LeRobot v3.0 data set",
-        description="Write the LeRobot v3.0 data set SRC as shards into OUT, a new folder or one with shards already.",
+        help="import a LeRobot data set",
+        description="Write the LeRobot data set SRC (v3.0, v2.1) as shards into OUT, new or with shards already. Given "
+        "again, it does nothing; interrupted, it goes on.",
     )
-    parser.add_argument("src", metavar="SRC", type=Path, help="root of the data set, the folder that holds meta/")
+    parser.add_argument("src", metavar="SRC", help="folder that holds meta/, or OWNER/NAME[@REVISION] on the hub")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of shards")
     parser.add_argument("--source", choices=SOURCES, required=True, help="who produced the data")
-    parser.add_argument("--name", help="data set name in episode names (default: the folder's name)")
+    parser.add_argument("--name", help="data set name in episode names (default: the folder's or hub name)")
     parser.add_argument(
         "--labels", type=Path, metavar="CSV", help="outcomes: episode_index and outcome (or success), over the columns"
+    )
+    parser.add_argument(
+        "--success-progress",
+        type=_fraction,
+        metavar="P",
+        help="of sarm_progress.parquet: from which progress at the last frame on an episode succeeded",
+    )
+    parser.add_argument(
+        "--camera",
+        action="append",
+        type=_camera,
+        metavar="NEW=OLD",
+        help="import this camera under the name NEW, and no camera not named so; NEW=none: the others of OUT have it, "
+        "this data set lacks it",
     )
     parser.add_argument(
         "--state-keys",
@@ -46,6 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="A,B",
         help="columns of the state, concatenated in this order (default: %(default)s)",
     )
+    parser.add_argument("--action-keys", default="action", metavar="A,B", help="of the actions (default: %(default)s)")
     parser.add_argument(
         "--chunk-size",
         type=_positive,
@@ -69,6 +90,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--absolute-actions", action="store_true", help="actions are targets, not changes: frames may be dropped"
     )
+    parser.add_argument(
+        "--delta-actions",
+        type=_dims,
+        default=(),
+        metavar="DIMS",
+        help="store these dims of absolute actions (0-5 or 0,1,2) as changes: target minus state of the same frame",
+    )
     parser.add_argument("--samples-per-shard", type=_positive, default=1024, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--jobs",
@@ -84,6 +112,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         # av is an extra: only this verb needs it.
+        from recap_ds.data.lerobot.hub import find_dataset
         from recap_ds.data.lerobot.metadata import load_metadata
         from recap_ds.data.lerobot.reader import ImportOptions, read_episodes
     except ModuleNotFoundError as error:
@@ -92,14 +121,19 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"shards import needs the package {error.name}: pip install 'recap_ds[lerobot]'") from None
     from recap_ds.data.writer import write_shards
 
-    metadata = load_metadata(args.src)
+    found = find_dataset(args.src)
+    cameras, absent_cameras = _cameras(args.camera)
+    metadata = load_metadata(found.root, cameras)
     options = ImportOptions(
         source=args.source,
-        name=_dataset_name(args),
+        name=_dataset_name(found.name if args.name is None else args.name),
         state_keys=tuple(args.state_keys.split(",")),
+        action_keys=tuple(args.action_keys.split(",")),
         labels=args.labels,
+        success_progress=args.success_progress,
         fps=args.fps,
         absolute_actions=args.absolute_actions,
+        delta_dims=args.delta_actions,
     )
     image_size = args.image_size or max(max(camera.height, camera.width) for camera in metadata.cameras)
     tally = Tally()
@@ -111,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
             action_width=args.chunk_size,
             td_horizon=args.chunk_size,
             image_size=image_size,
+            absent_cameras=absent_cameras,
             store_next=not args.no_next,
             stride=args.stride,
             samples_per_shard=args.samples_per_shard,
@@ -158,8 +193,8 @@ def _summary(
     yield "tasks: " + ", ".join(f"{task} ({count})" for task, count in sorted(tally.tasks.items()))
     stored = ", ".join(f"{camera.name} {camera.width}x{camera.height}" for camera in metadata.cameras)
     yield f"images: {image_size} px squares from {stored}"
-    for key in metadata.left_out_cameras:
-        yield f"left out: {key} (a depth map)"
+    if metadata.left_out_cameras:
+        yield f"left out: {', '.join(metadata.left_out_cameras)}"
     yield f"wrote {report.num_samples} samples in {len(report.new_shards)} shards to {out}"
 
 
@@ -181,15 +216,54 @@ def _progress_bars(num_episodes: int) -> "Iterator[Progress]":
             bar.close()
 
 
-def _dataset_name(args: argparse.Namespace) -> str:
-    name = args.src.resolve().name if args.name is None else args.name
+def _dataset_name(name: str) -> str:
     if not name or "/" in name:
         raise UsageError(f"--name {name!r}: a data set's name is not empty and has no slash")
     return name
 
 
+def _cameras(pairs: list[tuple[str, str]] | None) -> tuple[dict[str, str] | None, tuple[str, ...]]:
+    """New name -> old, None for all there are; and the names of cameras this data set lacks."""
+    pairs = pairs or []
+    names = [new.lower() for new, _ in pairs]
+    for new, _ in pairs:
+        if names.count(new.lower()) > 1:
+            raise UsageError(f"--camera {new}=...: is given twice; each camera has a name of its own")
+    chosen = {new: old for new, old in pairs if old != NO_CAMERA}
+    return chosen or None, tuple(new for new, old in pairs if old == NO_CAMERA)
+
+
 def _default_jobs() -> int:
     return min(len(os.sched_getaffinity(0)), MAX_DEFAULT_JOBS)
+
+
+def _camera(text: str) -> tuple[str, str]:
+    new, _, old = text.partition("=")
+    if not CAMERA_NAME.fullmatch(new) or not old:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NEW=OLD, with letters, digits, '_' and '-' in NEW")
+    return new, old
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    """ "0-2,5" -> (0, 1, 2, 5)."""
+    dims: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        ends = (first, last or first)
+        if not all(end.isdecimal() for end in ends) or int(ends[1]) < int(ends[0]) or int(ends[1]) >= MAX_DIMS:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of dims such as 0-5 or 0,1,2")
+        dims += range(int(ends[0]), int(ends[1]) + 1)
+    return tuple(dict.fromkeys(dims))
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -30,6 +30,7 @@ class StoredFormat:
     store_next: bool
     stride: int
     samples_per_shard: int
+    absent_cameras: tuple[str, ...] = ()  # which the folder's other data sets have and this one lacks
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,18 @@ class Intake:
             yield SpoolJob(episode.name, number, episode.read_frames, frames, layout.image_size, path)
 
     def check_cameras(self, spool: Spool) -> None:
-        first = self.shared.setdefault("cameras", spool.cameras)
-        if spool.cameras != first:
+        absent, manifest = self._layout.absent_cameras, self._staging.manifest
+        cameras = tuple(sorted({*spool.cameras, *absent}))
+        first = self.shared.setdefault("cameras", cameras)
+        if cameras != first:
             name = self.takes[spool.number].episode.name
             raise UsageError(f"episode {name}: cameras are {list(spool.cameras)}, other episodes have {list(first)}")
-        if self._staging.manifest:
-            check_agreement(self._staging.folder, self._staging.manifest, {"cameras": spool.cameras})
+        if both := set(absent).intersection(spool.cameras):
+            raise UsageError(f"--camera {min(both)}=none: this data set has a camera of that name")
+        if absent and manifest is None:
+            raise UsageError(f"--camera {absent[0]}=none: import a data set that has this camera first")
+        if manifest:
+            check_agreement(self._staging.folder, manifest, {"cameras": cameras})
 
     def _check_identity(self, episode: Episode) -> None:
         if episode.name in self._names:

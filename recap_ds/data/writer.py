@@ -49,6 +49,7 @@ def write_shards(
     action_width: int,
     td_horizon: int,
     image_size: int,
+    absent_cameras: tuple[str, ...] = (),
     store_next: bool = True,
     stride: int = 1,
     samples_per_shard: int = 1024,
@@ -59,9 +60,10 @@ def write_shards(
     """Write ``episodes`` (names ``<dataset>/<index>``) into the folder ``out``, new or holding other data sets.
 
     Nothing of ``out`` changes unless everything was written. ``stride`` thins sample starts only; actions, rewards and
-    offsets stay at the native rate. ``jobs`` worker processes decode and compress pictures.
+    offsets stay at the native rate. ``absent_cameras``: those of the folder that these episodes lack. ``jobs`` worker
+    processes decode and compress pictures.
     """
-    layout = StoredFormat(action_width, td_horizon, image_size, store_next, stride, samples_per_shard)
+    layout = StoredFormat(action_width, td_horizon, image_size, store_next, stride, samples_per_shard, absent_cameras)
     check_format(layout)
     report = progress or (lambda phase, done, total: None)
     with open_staging(Path(out)) as staging:

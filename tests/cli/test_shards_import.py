@@ -9,9 +9,11 @@ import pytest
 
 from recap_ds.cli import shards_import
 from recap_ds.data.manifest import Manifest
+from recap_ds.data.verify import verify_shards
 from recap_ds.errors import UsageError
 from recap_ds.processing.images import decode_jpeg
 from tests.data.lerobot.tiny_dataset import HEIGHT, TASKS, WIDTH, actions, shade, states, write_dataset
+from tests.data.made_episodes import FlatFrames, made_episode, read_back, write
 
 LENGTHS = (15, 7, 11)
 # Episode 0 fails, the others succeed at their last frame; in episode 1 a human takes over at frame 3.
@@ -154,6 +156,11 @@ def test_a_missing_package_is_told_with_the_way_to_install_it(tmp_path, monkeypa
         (["--stride", "two"], "'two' is not a whole number of at least 1"),
         (["--seed", "-1"], "'-1' is not a whole number of at least 0"),
         (["--source", "teleop"], "invalid choice: 'teleop'"),
+        (["--camera", "top"], "'top' is not NEW=OLD"),
+        (["--camera", "a.b=top"], "'a.b=top' is not NEW=OLD"),
+        (["--delta-actions", "5-3"], "'5-3' is not a list of dims"),
+        (["--delta-actions", "x"], "'x' is not a list of dims"),
+        (["--success-progress", "90"], "'90' is not a number above 0 and at most 1"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path, capsys, words, message):
@@ -161,6 +168,43 @@ def test_wrong_values_are_refused(tmp_path, capsys, words, message):
         parse(tmp_path, tmp_path / "out", "--source", "demo", *words)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_cameras_are_chosen_and_named_and_may_be_lacking(tmp_path, capsys):
+    out = tmp_path / "out"
+    write_dataset(tmp_path / "set", (6,), columns=SUCCESS)
+    write_dataset(tmp_path / "other", (5,), columns=SUCCESS, stored_as="image")
+    with pytest.raises(UsageError, match="--camera wrist=none: import a data set that has this camera first"):
+        run_import(tmp_path / "set", out, "--source", "demo", "--camera", "front=top", "--camera", "wrist=none")
+    args = ["--source", "demo", "--chunk-size", 4]
+    run_import(tmp_path / "other", out, *args, "--camera", "front=image", "--image-size", 32)
+    with pytest.raises(UsageError, match=r"cameras is \('front',\) there but \('top',\) here"):
+        run_import(tmp_path / "set", out, *args, "--image-size", 32)
+    run_import(tmp_path / "set", out, *args, "--camera", "front=observation.images.top", "--image-size", 32)
+    assert Manifest.load(out).cameras == ("front",)
+    assert {sample["front.jpg"].shape for sample in read_samples(out).values()} == {(32, 32, 3)}
+
+
+def test_a_camera_that_a_data_set_lacks_is_masked_in_training(tmp_path):
+    out = tmp_path / "out"
+    write(out, [made_episode(read_frames=FlatFrames(("top", "wrist")))])
+    write(out, [made_episode(name="new/0")], dataset="new", absent_cameras=("wrist",))
+    assert Manifest.load(out).cameras == ("top", "wrist") and verify_shards(out) == []
+    suffixes = {sample.record.episode: set(sample.members) for sample in read_back(out)}
+    assert "wrist.jpg" in suffixes["set/0"] and "wrist.jpg" not in suffixes["new/0"]
+    with pytest.raises(UsageError, match="--camera top=none: this data set has a camera of that name"):
+        write(out, [made_episode(name="third/0")], dataset="third", absent_cameras=("top",))
+
+
+@pytest.mark.parametrize(("text", "dims"), [("0-2,5", (0, 1, 2, 5)), ("3", (3,)), ("1,0-1", (1, 0))])
+def test_dims_are_read_as_ranges(tmp_path, text, dims):
+    assert parse(tmp_path, tmp_path / "out", "--source", "demo", "--delta-actions", text).delta_actions == dims
+
+
+def test_a_camera_given_twice_is_refused(tmp_path):
+    write_dataset(tmp_path / "set", (3,), stored_as="image")
+    with pytest.raises(UsageError, match=r"--camera A=\.\.\.: is given twice"):
+        run_import(tmp_path / "set", tmp_path, "--source", "demo", "--camera", "A=image", "--camera", "a=none")
 
 
 def test_a_name_with_a_slash_is_refused(tmp_path):

@@ -1,8 +1,17 @@
-"""How each episode ended and who acted, from whatever the recorder left behind.
+"""How each episode ended and who acted, from whatever the recorder left behind (``recorded.py`` lists it).
 
-Outcome, first rule that applies: a row of the labels file; any next.success -> success; any next.truncated ->
-truncated; a next.success column that is never true -> failure; a demonstration -> success; else unknown, which policy
-data may not be: its returns would be invented. Human control is one bool per frame, under the names recorders use.
+Outcome, first rule that applies:
+
+1. a row of the labels file (--labels, or meta/episode_labels.csv);
+2. a success flag that is ever true -> success;
+3. a truncated flag that is ever true -> truncated;
+4. a success flag that never is -> failure;
+5. the return or reward of a last frame that ended the task -> success at 0, else failure; not ended -> truncated;
+6. rewards of 0 and 1, of which the set has a 1 -> success at a 1; else failure, or truncated where never done;
+7. with --success-progress P: SARM's progress at the last frame, at least P -> success, else failure;
+8. a demonstration -> success; else unknown, which policy data may not be: its returns would be invented.
+
+Human control is one bool per frame, under the names recorders use.
 """
 
 import csv
@@ -13,13 +22,17 @@ import numpy as np
 from recap_ds.batch import OUTCOME_IDS
 from recap_ds.config import SourceName
 from recap_ds.data.lerobot.metadata import DatasetMetadata
-from recap_ds.data.lerobot.rows import read_rows
-from recap_ds.data.lerobot.tables import as_flags, one_line
+from recap_ds.data.lerobot.recorded import (
+    Recorded,
+    is_success_return,
+    read_final_progress,
+    read_final_rewards,
+    read_recorded,
+)
+from recap_ds.data.lerobot.tables import one_line
 from recap_ds.errors import UsageError
 
-SUCCESS_COLUMN = "next.success"
-TRUNCATED_COLUMN = "next.truncated"
-HUMAN_COLUMNS = ("intervention", "is_intervention", "complementary_info.is_intervention")
+HUMAN_COLUMNS = ("intervention", "is_intervention", "complementary_info.is_intervention", "teleop_mask")
 LABELS_IN_DATASET = "meta/episode_labels.csv"
 SUCCESS_WORDS = {
     "1": "success",
@@ -36,18 +49,29 @@ def human_column(metadata: DatasetMetadata) -> str | None:
     return next((name for name in HUMAN_COLUMNS if name in metadata.features), None)
 
 
-def read_outcomes(metadata: DatasetMetadata, source: SourceName, labels_path: Path | None) -> dict[int, str]:
+def read_outcomes(
+    metadata: DatasetMetadata, source: SourceName, labels_path: Path | None, success_progress: float | None = None
+) -> dict[int, str]:
     """Outcome of every episode, by index. Refuses policy data with an episode whose outcome nothing tells."""
     inside = metadata.root / LABELS_IN_DATASET
     if labels_path is None and inside.is_file():
         labels_path = inside
     labels = {} if labels_path is None else read_labels(labels_path, {entry.index for entry in metadata.episodes})
-    columns = [name for name in (SUCCESS_COLUMN, TRUNCATED_COLUMN) if name in metadata.features]
+    recorded = dict(read_recorded(metadata))
+    final_rewards = read_final_rewards(metadata)
+    progress = {} if success_progress is None else read_final_progress(metadata)
+    # A column of nothing but zeros is a reward nobody gave, not a set in which every episode failed.
+    rewards_tell = all(one.reward_is_flag for one in recorded.values()) and any(
+        one.rewarded for one in recorded.values()
+    )
     outcomes = {}
-    for rows in read_rows(metadata, columns):
-        path = rows.entry.data_path
-        flags = {name: bool(as_flags(values, name, path).any()) for name, values in rows.columns.items()}
-        outcomes[rows.entry.index] = labels.get(rows.entry.index) or outcome_of(flags, source)
+    for index, one in recorded.items():
+        outcome = labels.get(index) or _by_flags(one) or _by_return(one, final_rewards.get(index))
+        if outcome is None and rewards_tell:
+            outcome = _by_reward(one)
+        if outcome is None and progress:
+            outcome = "success" if progress[index] >= success_progress else "failure"
+        outcomes[index] = outcome or ("success" if source == "demo" else "unknown")
     unknown = [index for index, outcome in sorted(outcomes.items()) if outcome == "unknown"]
     if unknown and source != "demo":
         listed = ", ".join(map(str, unknown[:MAX_LISTED_EPISODES]))
@@ -59,15 +83,28 @@ def read_outcomes(metadata: DatasetMetadata, source: SourceName, labels_path: Pa
     return outcomes
 
 
-def outcome_of(flags: dict[str, bool], source: SourceName) -> str:
-    """Outcome of an episode from which of the two columns exist and whether each was ever true."""
-    if flags.get(SUCCESS_COLUMN):
+def _by_flags(recorded: Recorded) -> str | None:
+    if recorded.success:
         return "success"
-    if flags.get(TRUNCATED_COLUMN):
+    if recorded.truncated:
         return "truncated"
-    if SUCCESS_COLUMN in flags:
-        return "failure"
-    return "success" if source == "demo" else "unknown"
+    return None if recorded.success is None else "failure"
+
+
+def _by_return(recorded: Recorded, final_reward: float | None) -> str | None:
+    if recorded.final_return is not None and recorded.terminal is not None:
+        if not recorded.terminal:
+            return "truncated"
+        return "success" if is_success_return(recorded.final_return) else "failure"
+    if final_reward is not None:
+        return "success" if is_success_return(final_reward) else "failure"
+    return None
+
+
+def _by_reward(recorded: Recorded) -> str:
+    if recorded.rewarded:
+        return "success"
+    return "truncated" if recorded.done is False else "failure"
 
 
 def read_labels(path: Path, episodes: set[int]) -> dict[int, str]:

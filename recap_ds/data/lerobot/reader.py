@@ -1,4 +1,4 @@
-"""LeRobot v3.0 data sets as ``Episode`` objects, one at a time.
+"""LeRobot data sets as ``Episode`` objects, one at a time.
 
 ``read_episodes`` first checks every number and outcome, then yields lazily: the numbers of one data file are in memory,
 images are read by the shard writer through ``Episode.read_frames``. T = frames of an episode.
@@ -15,12 +15,10 @@ from recap_ds.data.episodes import Episode
 from recap_ds.data.lerobot.frames import EpisodeFrames, ParquetFrames, VideoFrames, nearest_native_frames
 from recap_ds.data.lerobot.metadata import DatasetMetadata
 from recap_ds.data.lerobot.outcomes import HUMAN_COLUMNS, human_column, human_mask, read_outcomes
+from recap_ds.data.lerobot.recorded import REWARD_COLUMN
 from recap_ds.data.lerobot.rows import EpisodeRows, read_rows
 from recap_ds.data.lerobot.tables import as_flags
 from recap_ds.errors import UsageError
-
-ACTION = "action"
-REWARD = "next.reward"
 
 
 @dataclass(frozen=True)
@@ -28,15 +26,18 @@ class ImportOptions:
     source: SourceName
     name: str  # of the data set, in episode names
     state_keys: tuple[str, ...] = ("observation.state",)  # columns, concatenated
+    action_keys: tuple[str, ...] = ("action",)  # columns, concatenated
     labels: Path | None = None  # CSV of outcomes
+    success_progress: float | None = None  # of SARM, from which on an episode succeeded; None = it is not asked
     fps: float | None = None  # resample to this rate; None keeps the native one
     absolute_actions: bool = False  # an action is a target, not a change: only then may frames be dropped
+    delta_dims: tuple[int, ...] = ()  # of absolute actions, stored as the change from the state of the same frame
 
 
 def read_episodes(metadata: DatasetMetadata, options: ImportOptions) -> Iterator[Episode]:
     _check_rate(metadata, options)
     _check_features(metadata, options)
-    outcomes = read_outcomes(metadata, options.source, options.labels)
+    outcomes = read_outcomes(metadata, options.source, options.labels, options.success_progress)
     # Numbers are cheap next to pictures: an hour of decoding shall not end at a NaN in the last episode.
     for _ in _episodes(metadata, options, outcomes):
         pass
@@ -44,6 +45,10 @@ def read_episodes(metadata: DatasetMetadata, options: ImportOptions) -> Iterator
 
 
 def _check_rate(metadata: DatasetMetadata, options: ImportOptions) -> None:
+    if options.delta_dims and not options.absolute_actions:
+        raise UsageError("--delta-actions turns targets into changes; add --absolute-actions if actions are targets")
+    if options.delta_dims and options.fps is not None:
+        raise UsageError("--delta-actions and --fps: frames of changes cannot be dropped; give one of them")
     if options.fps is None:
         return
     if not options.absolute_actions:
@@ -57,16 +62,16 @@ def _check_rate(metadata: DatasetMetadata, options: ImportOptions) -> None:
 
 def _check_features(metadata: DatasetMetadata, options: ImportOptions) -> None:
     where = metadata.root / "meta" / "info.json"
-    for name in options.state_keys:
-        if name not in metadata.features:
-            numeric = [
-                key for key in metadata.features if key.startswith("observation.") and not _is_camera(metadata, key)
-            ]
-            raise UsageError(
-                f"{where}: no feature {name}; choose with --state-keys from: {', '.join(numeric) or 'none'}"
-            )
-    if ACTION not in metadata.features:
-        raise UsageError(f"{where}: no feature {ACTION}; rename the column that holds the actions")
+    for flag, names, prefix in (
+        ("--state-keys", options.state_keys, "observation."),
+        ("--action-keys", options.action_keys, "action"),
+    ):
+        for name in names:
+            if name not in metadata.features or _is_camera(metadata, name):
+                numeric = [key for key in metadata.features if key.startswith(prefix) and not _is_camera(metadata, key)]
+                raise UsageError(
+                    f"{where}: no feature {name} of numbers; choose with {flag} from: {', '.join(numeric) or 'none'}"
+                )
     if options.source == "intervention" and human_column(metadata) is None:
         raise UsageError(
             f"{where}: no column tells who acts ({', '.join(HUMAN_COLUMNS)}), which --source intervention needs; "
@@ -79,9 +84,9 @@ def _is_camera(metadata: DatasetMetadata, key: str) -> bool:
 
 
 def _episodes(metadata: DatasetMetadata, options: ImportOptions, outcomes: dict[int, str]) -> Iterator[Episode]:
-    optional = [name for name in (REWARD, human_column(metadata)) if name is not None and name in metadata.features]
-    columns = [*dict.fromkeys(options.state_keys), ACTION, "task_index", "timestamp", *optional]
-    for rows in read_rows(metadata, columns):
+    optional = [name for name in (REWARD_COLUMN, human_column(metadata)) if name in metadata.features]
+    columns = [*options.state_keys, *options.action_keys, "task_index", "timestamp", *optional]
+    for rows in read_rows(metadata, list(dict.fromkeys(columns))):
         yield _episode(metadata, options, rows, outcomes[rows.entry.index])
 
 
@@ -91,8 +96,11 @@ def _episode(metadata: DatasetMetadata, options: ImportOptions, rows: EpisodeRow
     # The kept native frames: all of them without --fps, fewer with it.
     native = nearest_native_frames(np.arange(rows.entry.num_frames), step)
     native = native[native < rows.entry.num_frames]
-    states = np.concatenate([_numbers(metadata, rows, key, name) for key in options.state_keys], axis=1)
-    rewards = _numbers(metadata, rows, REWARD, name)[:, 0] if REWARD in rows.columns else None
+    states = _features(metadata, rows, options.state_keys, name)
+    actions = _features(metadata, rows, options.action_keys, name)
+    if options.delta_dims:
+        actions = _as_changes(actions, states, options.delta_dims, name)
+    rewards = _numbers(metadata, rows, REWARD_COLUMN, name)[:, 0] if REWARD_COLUMN in rows.columns else None
     human_name = human_column(metadata)
     human = None
     if human_name is not None:
@@ -108,13 +116,30 @@ def _episode(metadata: DatasetMetadata, options: ImportOptions, rows: EpisodeRow
         outcome=outcome,
         fps=options.fps or metadata.fps,
         states=states[native],
-        actions=_numbers(metadata, rows, ACTION, name)[native],
+        actions=actions[native],
         read_frames=_frame_reader(metadata, rows, name, step),
         human=None if human is None else human[native],
         # A reward between two kept frames belongs to the first of them: none is lost.
         rewards=None if rewards is None else np.add.reduceat(rewards, native),
-        origin=f"{metadata.root.resolve().name}, LeRobot v3.0, episode {rows.entry.index}",
+        origin=f"{metadata.root.resolve().name}, LeRobot {metadata.version}, episode {rows.entry.index}",
     )
+
+
+def _features(metadata: DatasetMetadata, rows: EpisodeRows, keys: tuple[str, ...], name: str) -> np.ndarray:
+    return np.concatenate([_numbers(metadata, rows, key, name) for key in keys], axis=1)
+
+
+def _as_changes(actions: np.ndarray, states: np.ndarray, dims: tuple[int, ...], name: str) -> np.ndarray:
+    """[T, A]: target minus where the robot is, in ``dims``, which mean the same joint in states and actions."""
+    narrower = min(actions.shape[1], states.shape[1])
+    if max(dims) >= narrower:
+        raise UsageError(
+            f"episode {name}: --delta-actions {max(dims)}: there are {actions.shape[1]} action and {states.shape[1]} "
+            f"state dims, so 0 to {narrower - 1} can be taken as changes"
+        )
+    changes = actions.copy()
+    changes[:, dims] -= states[:, dims]
+    return changes
 
 
 def _numbers(metadata: DatasetMetadata, rows: EpisodeRows, key: str, name: str) -> np.ndarray:
@@ -153,7 +178,7 @@ def _task(metadata: DatasetMetadata, rows: EpisodeRows, name: str) -> str:
     if len(indices) != 1:
         raise UsageError(f"episode {name}: has tasks {indices}; RECAP needs one task per episode, split it first")
     if indices[0] not in metadata.tasks:
-        raise UsageError(f"episode {name}: task_index {indices[0]} is not in meta/tasks.parquet")
+        raise UsageError(f"episode {name}: task_index {indices[0]} is not in meta/tasks")
     return metadata.tasks[indices[0]]
 
 

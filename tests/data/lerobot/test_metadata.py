@@ -81,10 +81,10 @@ def test_depth_maps_are_left_out_and_named(root):
     assert metadata.left_out_cameras == ("observation.images.depth",)
 
 
-@pytest.mark.parametrize("version", ["v2.1", "v2.0", "v1.6", None])
-def test_other_formats_are_refused_with_the_way_to_convert(root, version):
+@pytest.mark.parametrize("version", ["v4.0", "v1.6", None, 5])
+def test_other_formats_are_refused(root, version):
     edit_info(root, codebase_version=version)
-    with pytest.raises(UsageError, match=r"reads v3\.0; convert .*convert_dataset_v21_to_v30 .*--root="):
+    with pytest.raises(UsageError, match=rf"format {version}, this importer reads v3\.0, v2\.1 and v2\.0; convert"):
         load_metadata(root)
 
 
@@ -146,10 +146,25 @@ def test_a_camera_at_another_rate_is_refused(root):
         load_metadata(root)
 
 
-def test_cameras_that_differ_in_case_only_are_refused(root):
+def test_cameras_that_differ_in_case_only_need_names(root):
     def change(info):
-        info["features"]["observation.images.TOP"] = info["features"][CAMERA]
+        info["features"]["observation.images.TOP"] = {"dtype": "image", "shape": [8, 9, 3]}
 
     edit_json(root / "meta/info.json", change)
-    with pytest.raises(UsageError, match="both become camera 'TOP'"):
+    with pytest.raises(UsageError, match="both become camera 'TOP'; name them with --camera"):
         load_metadata(root)
+    metadata = load_metadata(root, {"front": CAMERA, "wrist": "observation.images.TOP"})
+    assert [(camera.name, camera.height) for camera in metadata.cameras] == [("front", HEIGHT), ("wrist", 8)]
+
+
+def test_chosen_cameras_are_the_only_ones_read(root):
+    # One that no shard could hold, and that nobody asked for.
+    thermal = {"dtype": "image", "shape": [8, 8, 1]}
+    edit_json(root / "meta/info.json", lambda info: info["features"].update({"observation.images.thermal": thermal}))
+    with pytest.raises(UsageError, match="thermal has shape"):
+        load_metadata(root)
+    metadata = load_metadata(root, {"front": "top"})
+    assert [(camera.name, camera.key) for camera in metadata.cameras] == [("front", CAMERA)]
+    assert metadata.left_out_cameras == ("observation.images.thermal",)
+    with pytest.raises(UsageError, match=f"--camera a=side: no such camera; the data set has {CAMERA}, "):
+        load_metadata(root, {"a": "side"})

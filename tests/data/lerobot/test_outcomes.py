@@ -1,4 +1,6 @@
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recap_ds.data.lerobot.metadata import load_metadata
@@ -43,6 +45,95 @@ def true_at(*places):
 def test_outcome_rules_for_policy_data(tmp_path, columns, expected):
     write_dataset(tmp_path, LENGTHS, columns=columns)
     assert outcomes_of(tmp_path, "auto") == expected
+
+
+def constant(*values):
+    """A column that is one value from start to end of each episode."""
+    return lambda episode, length: [values[episode]] * length
+
+
+def at_the_end(*values, before):
+    return lambda episode, length: [before] * (length - 1) + [values[episode]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        # RLinf.
+        ({"is_success": constant(True, False, True)}, ["success", "failure", "success"]),
+        # HIL-SERL: a reward of 1 is a success; an episode that never ended was cut off.
+        (
+            {"next.reward": true_at((0, 3)), "next.done": true_at((0, 3), (1, 2))},
+            ["success", "failure", "truncated"],
+        ),
+        ({"next.reward": at_the_end(0.0, 1.0, 0.0, before=0.0)}, ["failure", "success", "failure"]),
+        # LeRobot's RECAP branch: returns end at 0, or at the cost of failing.
+        (
+            {
+                "is_terminal": at_the_end(True, True, False, before=False),
+                "mc_return": at_the_end(0.0, -0.5, -0.1, before=-0.6),
+            },
+            ["success", "failure", "truncated"],
+        ),
+        # A flag says more than a reward.
+        (
+            {"next.success": true_at((2, 4)), "next.reward": true_at((0, 3))},
+            ["failure", "failure", "success"],
+        ),
+    ],
+)
+def test_every_recorder_is_understood(tmp_path, columns, expected):
+    write_dataset(tmp_path, LENGTHS, columns=columns)
+    assert outcomes_of(tmp_path, "auto") == expected
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"next.reward": constant(0.0, 0.0, 0.0)},  # nobody ever gave one
+        {"next.reward": at_the_end(1.0, 0.0, 1.0, before=0.25)},  # shaped: how much is enough is not ours to say
+        {"next.done": at_the_end(True, True, True, before=False)},
+        {"mc_return": at_the_end(0.0, 0.0, 0.0, before=-1.0)},  # and nothing says whether the episodes ended
+    ],
+)
+def test_what_says_too_little_is_not_guessed_from(tmp_path, column):
+    write_dataset(tmp_path, LENGTHS, columns=column)
+    with pytest.raises(UsageError, match="no outcome is recorded for 3 auto episodes"):
+        outcomes_of(tmp_path, "auto")
+    assert outcomes_of(tmp_path, "demo") == ["success"] * 3
+
+
+def rows_of(lengths, **columns):
+    places = [(episode, frame) for episode, length in enumerate(lengths) for frame in range(length)]
+    return pa.table({"episode_index": [place[0] for place in places], **columns}), [place[1] for place in places]
+
+
+def test_the_returns_of_a_sidecar_tell_the_outcome(tmp_path):
+    write_dataset(tmp_path, LENGTHS)
+    rewards = [-1.0, -1, -1, 0, -1, -1, -300, -1, -1, -1, -1, 0]
+    table, frames = rows_of(LENGTHS, reward=rewards)
+    # Not in the order of frames.
+    table = table.append_column("frame_index", pa.array(frames)).take(list(reversed(range(12))))
+    pq.write_table(table, tmp_path / "meta/returns_first.parquet")
+    assert outcomes_of(tmp_path, "auto") == ["success", "failure", "success"]
+    pq.write_table(table.slice(1), tmp_path / "meta/returns_first.parquet")
+    with pytest.raises(UsageError, match=r"returns_first\.parquet: 4 rows of episode 2, which has 5 frames"):
+        outcomes_of(tmp_path, "auto")
+    pq.write_table(table, tmp_path / "meta/returns.parquet")
+    with pytest.raises(UsageError, match=r"several returns \(returns\.parquet, returns_first\.parquet\)"):
+        outcomes_of(tmp_path, "auto")
+
+
+def test_progress_of_a_reward_model_is_asked_only_where_one_says_so(tmp_path):
+    write_dataset(tmp_path, LENGTHS)
+    with pytest.raises(UsageError, match=r"sarm_progress\.parquet: no such file"):
+        outcomes_of(tmp_path, "auto", success_progress=0.9)
+    progress = [0.1, 0.5, 0.9, 0.95, 0.1, 0.9, 0.6, 0.0, 0.2, 0.4, 0.8, 0.9]
+    table, _ = rows_of(LENGTHS, progress_sparse=progress, index=list(range(12)))
+    pq.write_table(table, tmp_path / "sarm_progress.parquet")
+    with pytest.raises(UsageError, match="no outcome is recorded"):
+        outcomes_of(tmp_path, "auto")
+    assert outcomes_of(tmp_path, "auto", success_progress=0.9) == ["success", "failure", "success"]
 
 
 def test_demos_succeed_unless_a_column_says_otherwise(tmp_path):
@@ -106,7 +197,9 @@ def test_missing_labels_are_refused(tmp_path):
         read_labels(tmp_path / "labels.csv", {0})
 
 
-@pytest.mark.parametrize("column", ["intervention", "is_intervention", "complementary_info.is_intervention"])
+@pytest.mark.parametrize(
+    "column", ["intervention", "is_intervention", "complementary_info.is_intervention", "teleop_mask"]
+)
 def test_human_frames_of_an_intervention_set(tmp_path, column):
     human = true_at((0, 2), (0, 3), (2, 0))
     write_dataset(tmp_path, LENGTHS, columns={column: human, "next.success": true_at((0, 3))})

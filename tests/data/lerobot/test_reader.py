@@ -109,9 +109,24 @@ def test_state_columns_are_concatenated_in_the_order_asked_for(tmp_path):
     expected = np.concatenate([0.5 * np.arange(6, dtype=np.float32)[:, None], states(0, 6)], axis=1)
     np.testing.assert_array_equal(episode.states, expected)
     with pytest.raises(
-        UsageError, match=r"no feature observation\.arm; choose .* observation\.state, observation\.gripper"
+        UsageError, match=r"no feature observation\.arm of numbers; choose .* observation\.state, observation\.gripper"
     ):
         episodes_of(tmp_path, state_keys=("observation.arm",))
+
+
+def test_action_columns_are_concatenated_too(tmp_path):
+    write_dataset(tmp_path, (6,), columns={"action.gripper": lambda _, length: [float(t) for t in range(length)]})
+    (episode,) = episodes_of(tmp_path, action_keys=("action", "action.gripper"))
+    np.testing.assert_array_equal(episode.actions, np.column_stack([actions(0, 6), np.arange(6, dtype=np.float32)]))
+    with pytest.raises(UsageError, match=r"no feature act of numbers; choose with --action-keys from: action, action"):
+        episodes_of(tmp_path, action_keys=("act",))
+
+
+def test_targets_become_changes_in_the_dims_asked_for(demo):
+    first, *_ = episodes_of(demo, absolute_actions=True, delta_dims=(1,))
+    expected = actions(0, LENGTHS[0])
+    expected[:, 1] -= states(0, LENGTHS[0])[:, 1]
+    np.testing.assert_array_equal(first.actions, expected)
 
 
 def test_resampling_takes_the_nearest_frames_and_keeps_every_reward(tmp_path):
@@ -136,11 +151,14 @@ def test_resampling_at_the_native_rate_changes_nothing(demo):
     ("options", "message"),
     [
         ({"fps": 5.0}, "add --absolute-actions"),
+        ({"delta_dims": (0,)}, "add --absolute-actions"),
+        ({"delta_dims": (0,), "absolute_actions": True, "fps": 5.0}, "give one of them"),
+        ({"delta_dims": (0, 2), "absolute_actions": True}, "2 action and 3 state dims, so 0 to 1 can be taken"),
         ({"fps": 20.0, "absolute_actions": True}, "at most the data set's 10"),
         ({"fps": 0.0, "absolute_actions": True}, "above 0"),
     ],
 )
-def test_resampling_is_refused_where_it_would_change_the_motion(demo, options, message):
+def test_options_are_refused_where_it_would_change_the_motion(demo, options, message):
     with pytest.raises(UsageError, match=message):
         episodes_of(demo, **options)
 
@@ -169,7 +187,7 @@ def feature(name, **changes):
         (spoil("episode_index", 2, 1), "followed by an earlier one's"),
         (spoil("timestamp", 3, 0.5), r"episode set/0, frame 3: timestamp 0\.5000 s, at 10 fps it should be 0\.3000"),
         (spoil("task_index", 3, 1), r"episode set/0: has tasks \[0, 1\]; RECAP needs one task per episode"),
-        (spoil("task_index", slice(0, 15), [7] * 15), "episode set/0: task_index 7 is not in meta/tasks.parquet"),
+        (spoil("task_index", slice(0, 15), [7] * 15), "episode set/0: task_index 7 is not in meta/tasks"),
         (
             feature("action", shape=[5]),
             r"episode set/0: action has 2 numbers per frame, meta/info.json says shape \[5\]",
@@ -187,5 +205,5 @@ def test_damage_is_told_in_one_line(tmp_path, change, message):
 def test_a_data_set_without_actions_is_refused(tmp_path):
     write_dataset(tmp_path, (3,))
     edit_json(tmp_path / "meta/info.json", lambda info: info["features"].pop("action"))
-    with pytest.raises(UsageError, match="no feature action"):
+    with pytest.raises(UsageError, match="no feature action of numbers; choose with --action-keys from: none"):
         episodes_of(tmp_path)

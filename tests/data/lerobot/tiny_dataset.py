@@ -1,4 +1,4 @@
-"""Writes a tiny LeRobot v3.0 data set with pyarrow and PyAV, to be read back, or spoiled and refused, by the tests.
+"""Writes a tiny LeRobot data set, v3.0 or v2.1, with pyarrow and PyAV: to be read back, or spoiled and refused.
 
 Pictures are flat grey: ``shade(episode, frame)``, far enough apart that a lossy codec cannot take one for another.
 """
@@ -26,6 +26,10 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 VIDEO_KEY, IMAGE_KEY = "observation.images.top", "observation.image"
 EPISODES_FILE = "meta/episodes/chunk-000/file-000.parquet"
+# v2.1: a file per episode, two episodes per chunk.
+V2_DATA_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+V2_VIDEO_PATH = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+V2_CHUNK_SIZE = 2
 DATA_FILE = DATA_PATH.format(chunk_index=0, file_index=0)
 VIDEO_FILE = VIDEO_PATH.format(video_key=VIDEO_KEY, chunk_index=0, file_index=0)
 # B-frames and rare keyframes: what other tools write, and the harder case for a seek.
@@ -58,12 +62,16 @@ def write_dataset(
     columns: dict[str, ColumnValues] | None = None,
     task_column: str = "__index_level_0__",
     episodes_per_file: int = 100,
+    version: str = "v3.0",
 ) -> Path:
     """``columns`` adds features of shape [1]: name -> (episode, num_frames) -> one value per frame."""
     columns = columns or {}
+    episodes_per_file = 1 if version == "v2.1" else episodes_per_file
     for first in range(0, len(lengths), episodes_per_file):
         episodes = range(first, min(first + episodes_per_file, len(lengths)))
         place = {"chunk_index": 0, "file_index": first // episodes_per_file}
+        if version == "v2.1":
+            place = {"episode_chunk": first // V2_CHUNK_SIZE, "episode_index": first}
         frames = [(episode, frame) for episode in episodes for frame in range(lengths[episode])]
         table = _data_table(episodes, lengths, columns)
         if stored_as == "image":
@@ -71,14 +79,18 @@ def write_dataset(
             kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
             table = table.append_column(IMAGE_KEY, pa.array(cells, kind))
         else:
-            path = root / VIDEO_PATH.format(video_key=VIDEO_KEY, **place)
-            write_video(path, [picture(*frame) for frame in frames], codec)
+            template = VIDEO_PATH if version == "v3.0" else V2_VIDEO_PATH
+            write_video(root / template.format(video_key=VIDEO_KEY, **place), [picture(*one) for one in frames], codec)
         # Row groups end inside episodes.
-        _write_parquet(root / DATA_PATH.format(**place), table, row_group_size=5)
-    _write_episodes(root, lengths, stored_as, episodes_per_file)
-    tasks = pa.table({"task_index": list(range(len(TASKS))), task_column: list(TASKS)})
-    _write_parquet(root / "meta/tasks.parquet", tasks)
-    _write_info(root, lengths, stored_as, {name: str(table[name].type) for name in columns})
+        template = DATA_PATH if version == "v3.0" else V2_DATA_PATH
+        _write_parquet(root / template.format(**place), table, row_group_size=5)
+    if version == "v3.0":
+        _write_episodes(root, lengths, stored_as, episodes_per_file)
+        tasks = pa.table({"task_index": list(range(len(TASKS))), task_column: list(TASKS)})
+        _write_parquet(root / "meta/tasks.parquet", tasks)
+    else:
+        _write_v2_lists(root, lengths)
+    _write_info(root, lengths, stored_as, {name: str(table[name].type) for name in columns}, version)
     return root
 
 
@@ -169,7 +181,20 @@ def _write_episodes(root: Path, lengths: tuple[int, ...], stored_as: str, episod
     _write_parquet(root / EPISODES_FILE, pa.Table.from_pylist(rows))
 
 
-def _write_info(root: Path, lengths: tuple[int, ...], stored_as: str, column_types: dict[str, str]) -> None:
+def _write_v2_lists(root: Path, lengths: tuple[int, ...]) -> None:
+    (root / "meta").mkdir(parents=True, exist_ok=True)
+    tasks = [{"task_index": number, "task": task} for number, task in enumerate(TASKS)]
+    episodes = [
+        {"episode_index": number, "tasks": [TASKS[number % len(TASKS)]], "length": length}
+        for number, length in enumerate(lengths)
+    ]
+    for name, rows in (("tasks", tasks), ("episodes", episodes)):
+        (root / f"meta/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_info(
+    root: Path, lengths: tuple[int, ...], stored_as: str, column_types: dict[str, str], version: str
+) -> None:
     camera = VIDEO_KEY if stored_as == "video" else IMAGE_KEY
     scalars = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"}
     scalars |= {"task_index": "int64", **column_types}
@@ -180,13 +205,15 @@ def _write_info(root: Path, lengths: tuple[int, ...], stored_as: str, column_typ
         **{name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in scalars.items()},
     }
     info = {
-        "codebase_version": "v3.0",
+        "codebase_version": version,
         "fps": FPS,
         "features": features,
         "total_episodes": len(lengths),
         "total_frames": sum(lengths),
         "total_tasks": len(TASKS),
-        "data_path": DATA_PATH,
-        "video_path": VIDEO_PATH,
+        "data_path": DATA_PATH if version == "v3.0" else V2_DATA_PATH,
+        "video_path": VIDEO_PATH if version == "v3.0" else V2_VIDEO_PATH,
     }
+    if version == "v2.1":
+        info |= {"chunks_size": V2_CHUNK_SIZE, "total_chunks": -(-len(lengths) // V2_CHUNK_SIZE)}
     (root / "meta" / "info.json").write_text(json.dumps(info))
