@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from recap_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from recap_ds.data.episodes import Episode
+    from recap_ds.data.imports import ImportJob
     from recap_ds.data.lerobot.metadata import DatasetMetadata
     from recap_ds.data.lerobot.reader import ImportOptions
     from recap_ds.data.writer import Progress, WriteReport
@@ -112,6 +113,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         # av is an extra: only this verb needs it.
+        from recap_ds.data.lerobot.fingerprint import dataset_fingerprint
         from recap_ds.data.lerobot.hub import find_dataset
         from recap_ds.data.lerobot.metadata import load_metadata
         from recap_ds.data.lerobot.reader import ImportOptions, read_episodes
@@ -152,10 +154,21 @@ def run(args: argparse.Namespace) -> int:
             jobs=args.jobs,
             seed=args.seed,
             progress=progress,
+            job={"files": dataset_fingerprint(metadata, args.labels), **_job(options, cameras)},
         )
+    if report.was_there:
+        print(f"{options.name}: already in {args.out}, {report.num_samples} samples of {report.num_episodes} episodes")
+        return 0
+    if report.num_resumed:
+        print(f"went on: pictures of {report.num_resumed} episodes were there from an interrupted import")
     for line in _summary(metadata, options, tally, report, image_size, args.out):
         print(line)
     return 0
+
+
+def _job(options: "ImportOptions", cameras: dict[str, str] | None) -> "ImportJob":
+    """What decides the shards, besides the files and how they are stored."""
+    return {**{key: value for key, value in asdict(options).items() if key != "labels"}, "cameras": cameras}
 
 
 @dataclass

@@ -57,7 +57,7 @@ def check_format(layout: StoredFormat) -> None:
 class Intake:
     """Checks episodes one by one against each other and against what the folder already holds."""
 
-    def __init__(self, staging: Staging, layout: StoredFormat, dataset: str) -> None:
+    def __init__(self, staging: Staging, layout: StoredFormat, dataset: str, resumable: bool = False) -> None:
         self.takes: list[Take] = []
         self.unknown_outcomes: list[str] = []
         self.prompts: dict[str, str] = {}
@@ -66,6 +66,7 @@ class Intake:
         self._staging = staging
         self._layout = layout
         self._dataset = dataset
+        self._resumable = resumable
         self._names: set[str] = set()
         if staging.manifest:
             self.prompts = {name: task.prompt for name, task in staging.manifest.tasks.items()}
@@ -90,7 +91,7 @@ class Intake:
             if layout.store_next:
                 frames = np.union1d(frames, (windows.frame + windows.next_offset)[windows.needs_next])
             path = self._staging.work / f"{number:08d}.spool"
-            yield SpoolJob(episode.name, number, episode.read_frames, frames, layout.image_size, path)
+            yield SpoolJob(episode.name, number, episode.read_frames, frames, layout.image_size, path, self._resumable)
 
     def check_cameras(self, spool: Spool) -> None:
         absent, manifest = self._layout.absent_cameras, self._staging.manifest

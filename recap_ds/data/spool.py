@@ -3,10 +3,16 @@
 A frame is wanted twice, as an observation and as the next observation of an earlier one, in shuffled order: it is
 decoded and encoded here, in sequence and a few frames at a time, and the writer then copies bytes. Runs in worker
 processes, so it imports nothing heavy. m = needed frames, C = cameras.
+
+    00000007.spool       the JPEGs of episode 7 of this import
+    00000007.spool.npz   where each lies, and a checksum; written once all are there, where the import can be resumed
 """
 
+import io
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -17,6 +23,7 @@ import numpy as np
 
 from recap_ds.data.episodes import FrameReader
 from recap_ds.errors import UsageError
+from recap_ds.files.atomic import write_file
 from recap_ds.processing.images import encode_jpeg, resize_with_padding
 
 # Frames decoded at a time: bounds memory at about 30 MB per camera of 480 x 640.
@@ -32,6 +39,7 @@ class SpoolJob:
     frames: np.ndarray  # [m] int64, increasing
     image_size: int
     path: Path
+    resumable: bool  # an earlier attempt may have made the same spool; this one leaves it to the next
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Spool:
 
     number: int
     path: Path
+    made_before: bool  # by an earlier attempt of this import
     frames: np.ndarray  # [m]
     cameras: tuple[str, ...]  # sorted
     places: np.ndarray  # [m, C, 2] int64: offset, size
@@ -77,9 +86,11 @@ def spool_episodes(jobs: Iterable[SpoolJob], num_processes: int) -> Iterator[Spo
 
 
 def spool_episode(job: SpoolJob) -> Spool:
+    if job.resumable and (made := _made_before(job)):
+        return made
     cameras: tuple[str, ...] | None = None
     places = []
-    position = 0
+    position, checksum = 0, 0
     with open(job.path, "wb") as file:
         for first in range(0, len(job.frames), FRAMES_PER_CHUNK):
             chunk = job.frames[first : first + FRAMES_PER_CHUNK].tolist()
@@ -91,11 +102,39 @@ def spool_episode(job: SpoolJob) -> Spool:
                 for camera in cameras:
                     data = encode_jpeg(resize_with_padding(pictures[camera][i], job.image_size))
                     file.write(data)
+                    checksum = zlib.crc32(data, checksum)
                     row.append((position, len(data)))
                     position += len(data)
                 places.append(row)
+        if job.resumable:
+            file.flush()
+            os.fsync(file.fileno())
     assert cameras is not None, "an episode has at least one frame"
-    return Spool(job.number, job.path, job.frames, cameras, np.array(places, dtype=np.int64))
+    spool = Spool(job.number, job.path, False, job.frames, cameras, np.array(places, dtype=np.int64))
+    if job.resumable:
+        buffer = io.BytesIO()
+        np.savez(
+            buffer, episode=job.episode, checksum=checksum, cameras=cameras, places=spool.places, frames=job.frames
+        )
+        write_file(_record_path(job.path), buffer.getvalue())
+    return spool
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.npz")
+
+
+def _made_before(job: SpoolJob) -> Spool | None:
+    """The spool an earlier attempt left, if it is whole."""
+    try:
+        with np.load(_record_path(job.path), allow_pickle=False) as record:
+            same = str(record["episode"]) == job.episode and np.array_equal(record["frames"], job.frames)
+            if not same or zlib.crc32(job.path.read_bytes()) != int(record["checksum"]):
+                return None
+            cameras = tuple(record["cameras"].tolist())
+            return Spool(job.number, job.path, True, job.frames, cameras, record["places"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None  # none was left, or it is damaged: it is made again
 
 
 def _check_pictures(episode: str, chunk: list[int], pictures: dict[str, np.ndarray], cameras: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ Memory holds states, actions and where the JPEGs lie, never pictures. W = action
 import re
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from recap_ds.batch import SOURCE_IDS
 from recap_ds.config import SOURCES
 from recap_ds.data.checks import check_outcomes_known
 from recap_ds.data.episodes import Episode
+from recap_ds.data.imports import ImportJob, ImportRecord, is_the_same, record_import
 from recap_ds.data.index import SampleRecord, ShardIndex
 from recap_ds.data.intake import Intake, StoredFormat, Take, check_format
 from recap_ds.data.manifest import Manifest, ShardEntry
@@ -39,6 +40,8 @@ class WriteReport:
     new_shards: tuple[str, ...]
     num_episodes: int
     num_samples: int
+    was_there: bool = False  # the same import was made before: nothing was done
+    num_resumed: int = 0  # episodes whose pictures an interrupted attempt had left
 
 
 def write_shards(
@@ -56,18 +59,25 @@ def write_shards(
     jobs: int = 1,
     seed: int = 0,
     progress: Progress | None = None,
+    job: ImportJob | None = None,
 ) -> WriteReport:
     """Write ``episodes`` (names ``<dataset>/<index>``) into the folder ``out``, new or holding other data sets.
 
     Nothing of ``out`` changes unless everything was written. ``stride`` thins sample starts only; actions, rewards and
     offsets stay at the native rate. ``absent_cameras``: those of the folder that these episodes lack. ``jobs`` worker
-    processes decode and compress pictures.
+    processes decode and compress pictures. ``job``: what decides the shards besides these arguments; given again, a job
+    that is done does nothing, and one that was interrupted goes on.
     """
     layout = StoredFormat(action_width, td_horizon, image_size, store_next, stride, samples_per_shard, absent_cameras)
     check_format(layout)
     report = progress or (lambda phase, done, total: None)
-    with open_staging(Path(out)) as staging:
-        intake = Intake(staging, layout, dataset)
+    if job is not None:
+        job = {**asdict(layout), "seed": seed, **job}
+    with open_staging(Path(out), job) as staging:
+        done = staging.imports.get(dataset) if job is not None else None
+        if done is not None and is_the_same(done, job, dataset, staging.folder):
+            return _report_done(staging.manifest, done)
+        intake = Intake(staging, layout, dataset, resumable=job is not None)
         spools = {}
         for spool in spool_episodes(intake.jobs(episodes), jobs):
             intake.check_cameras(spool)
@@ -78,9 +88,21 @@ def write_shards(
             raise UsageError(f"{dataset}: no episodes to write")
         shards = _write_tars(staging, layout, intake.takes, spools, seed, report)
         manifest = _manifest(staging, intake, shards)
-        staging.commit(manifest, [entry.name for entry, _ in shards])
-    num_samples = sum(entry.num_samples for entry, _ in shards)
-    return WriteReport(manifest, tuple(entry.name for entry, _ in shards), len(intake.takes), num_samples)
+        entries = [entry for entry, _ in shards]
+        record = {} if job is None else {dataset: record_import(job, len(intake.takes), entries)}
+        staging.commit(manifest, [entry.name for entry in entries], record)
+    return WriteReport(
+        manifest,
+        tuple(entry.name for entry in entries),
+        num_episodes=len(intake.takes),
+        num_samples=sum(entry.num_samples for entry in entries),
+        num_resumed=sum(spool.made_before for spool in spools.values()),
+    )
+
+
+def _report_done(manifest: Manifest, record: ImportRecord) -> WriteReport:
+    num_samples = sum(shard.num_samples for shard in manifest.shards if shard.name in record.shards)
+    return WriteReport(manifest, tuple(record.shards), record.num_episodes, num_samples, was_there=True)
 
 
 def sample_key(episode: str, frame: int) -> str:

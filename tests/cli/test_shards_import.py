@@ -88,6 +88,23 @@ def _assert_shows(image: np.ndarray, episode: int, frame: int) -> None:
     assert image[: bar - 2].max() <= 8
 
 
+def test_the_same_import_again_is_known_and_a_changed_one_is_told(tmp_path, capsys):
+    source, out = write_dataset(tmp_path / "cubes", LENGTHS, stored_as="image"), tmp_path / "out"
+    run_import(source, out, "--source", "demo")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    source = source.rename(tmp_path / "moved")
+    capsys.readouterr()
+    run_import(source, out, "--source", "demo", "--name", "cubes")
+    assert capsys.readouterr().out == f"cubes: already in {out}, 33 samples of 3 episodes\n"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises(UsageError, match="data set cubes is there, imported with other action_width, td_horizon"):
+        run_import(source, out, "--source", "demo", "--name", "cubes", "--chunk-size", 4)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("episode_index,outcome\n0,failure\n")
+    with pytest.raises(UsageError, match="data set cubes is there, imported with other files"):
+        run_import(source, out, "--source", "demo", "--name", "cubes", "--labels", labels)
+
+
 def test_sources_join_in_one_folder_and_control_decides_the_source(tmp_path, capsys):
     out = tmp_path / "out"
     write_dataset(tmp_path / "policy", LENGTHS, columns=SUCCESS)
