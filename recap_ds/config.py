@@ -83,8 +83,12 @@ class PiStarRECAPConfig(Section):
             raise ValueError("recap.advantage_window_min: cannot exceed recap.advantage_window")
         if self.model.conv_stem and self.vlm_source.name != "tiny":
             raise ValueError("model.conv_stem: only the tiny VLM has one")
-        if self.data.mixture is not None and not any(weight > 0 for weight in self.data.mixture.values()):
-            raise ValueError("data.mixture: no source has a positive weight")
+        tables = {f"data.mixture_schedule.{step}": table for step, table in self.data.mixture_schedule.items()}
+        for key, weights in (
+            tables if self.data.mixture is None else {"data.mixture": self.data.mixture} | tables
+        ).items():
+            if not any(weight > 0 for weight in weights.values()):
+                raise ValueError(f"{key}: no source has a positive weight")
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,15 @@ from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 
 # Tables whose keys are the user's own.
-_OPEN_KEYS = ("data.mixture.", "value.max_length.", "env.cameras.", "env.prompts.", "env.options.")
+_OPEN_KEYS = (
+    "data.mixture.",
+    "data.mixture_schedule.",
+    "data.max_epochs.",
+    "value.max_length.",
+    "env.cameras.",
+    "env.prompts.",
+    "env.options.",
+)
 
 
 def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> PiStarRECAPConfig:

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 SOURCES = ("demo", "auto", "intervention")
 SourceName = Literal["demo", "auto", "intervention"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+# A source, or one data set of it: "demo", "demo/NAME".
+PartName = Annotated[str, Field(pattern=r"^(demo|auto|intervention)(/.+)?$")]
+Weights = dict[PartName, Annotated[float, Field(ge=0)]]
 
 
 class VlmSource(NamedTuple):
@@ -212,8 +215,17 @@ class DataConfig(Section):
     shards: str | None = None
     # Stage policy: the tag under which launch/label.py wrote the labels it is to learn from.
     labels: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    # Sampling weight per source; None draws every sample equally often.
-    mixture: dict[SourceName, float] | None = None
+    # Sampling weight of a source ("demo") or of one data set of it ("demo/NAME", of the episodes "NAME/<index>"); a
+    # source's own weight is for those of its data sets that stand not beside it. None draws every sample equally often.
+    mixture: Weights | None = None
+    # Optimizer step -> the weights from there on.
+    mixture_schedule: dict[Annotated[int, Field(ge=1)], Weights] = Field(default_factory=dict)
+    # Epochs of a source or data set at most; its share then goes to the others. At least one has to go without.
+    max_epochs: dict[PartName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    # Above 1, the global batch and the shards of every source are divided into so many lanes, and a node whose ranks
+    # hold whole lanes reads the shards of these only. The order of samples depends on it. For nodes that cannot each
+    # keep all shards; as many as there are nodes.
+    lanes: int = Field(1, ge=1)
     # Camera names in slot order; None takes the manifest's. A camera a sample lacks is masked.
     cameras: tuple[str, ...] | None = None
     normalization: Literal["mean_std", "quantile"] = "mean_std"

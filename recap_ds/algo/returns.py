@@ -80,12 +80,7 @@ def td_window(
     ``takeover_cost`` (frames), together, charge a window that ends in a takeover. All other tensors are [B].
     """
     ended = is_ended(outcome, rule.timeout_is)
-    steps = num_valid.clamp(max=td_horizon)
-    reaches_end = steps == steps_to_end + 1
-    # Nothing was observed after the last action. Where the task went on, the last observation there is, o_{T-1}, has to
-    # serve as the next one: the window gives up its last frame, and from o_{T-1} itself there is no target.
-    steps = torch.where(reaches_end & ~ended, steps_to_end, steps)
-    continues = ~(reaches_end & ended)
+    steps, continues = window_steps(steps_to_end, num_valid, ended, td_horizon)
 
     frames = torch.arange(td_horizon, device=steps.device)  # i
     if rule.reward == "environment":
@@ -104,6 +99,15 @@ def td_window(
     chunk_reward = torch.where(frames < steps[:, None], discounts * reward, 0.0).sum(dim=1) / normaliser.double()
     chunk_discount = torch.pow(rule.discount, steps.double())
     return TdWindow(steps, steps > 0, chunk_reward.float(), chunk_discount.float(), continues.float())
+
+
+def window_steps(steps_to_end: Tensor, num_valid: Tensor, ended: Tensor, td_horizon: int) -> tuple[Tensor, Tensor]:
+    """Frames k of each window, and whether the task goes on after it. All [B]; ``ended`` as ``is_ended`` says."""
+    steps = num_valid.clamp(max=td_horizon)
+    reaches_end = steps == steps_to_end + 1
+    # Nothing was observed after the last action. Where the task went on, the last observation there is, o_{T-1}, has to
+    # serve as the next one: the window gives up its last frame, and from o_{T-1} itself there is no target.
+    return torch.where(reaches_end & ~ended, steps_to_end, steps), ~(reaches_end & ended)
 
 
 def monte_carlo_return(

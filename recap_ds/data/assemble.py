@@ -16,9 +16,11 @@ from recap_ds.algo.returns import (
     ReturnRule,
     TaskScale,
     TdWindow,
+    is_ended,
     monte_carlo_return,
     takeovers_ahead,
     td_window,
+    window_steps,
 )
 from recap_ds.batch import Observation, TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
@@ -63,14 +65,19 @@ class Assembler:
         self._tokens, self._token_mask = map(
             torch.from_numpy, encode_prompts(tokenizer, prompts, config.model.max_prompt_tokens)
         )
-        # [N] bool; a stage without TD reads no next observation, and may be given shards that have none.
-        none = np.zeros(shard_set.num_samples, bool)
-        self._needs_next = self._find_next_observations() if config.learns_by_td else none
+        # A stage without TD reads no next observation, and may be given shards that have none.
+        self._learns_by_td = config.learns_by_td
+        if self._learns_by_td:
+            self._check_next_observations()
         self._takeovers_ahead = self._count_takeovers() if config.value.takeover_penalty > 0 else None  # [N]
 
     def read(self, sample: int) -> SampleArrays:
         """Raises DamagedSample."""
-        return self._decoder.read(self.shard_set, sample, bool(self._needs_next[sample]))
+        return self._decoder.read(self.shard_set, sample, self.needs_next(sample))
+
+    def needs_next(self, sample: int) -> bool:
+        """True = the TD target reads the sample's next observation."""
+        return self._learns_by_td and bool(self._next_offsets(np.array([sample])) > 0)
 
     def blank(self) -> SampleArrays:
         return self._decoder.blank()
@@ -93,7 +100,7 @@ class Assembler:
         outcome, steps_to_end = self._column(table.outcome, samples), self._steps_to_end(samples)
         valid = torch.from_numpy(sample_valid)
         rewards = torch.from_numpy(np.stack([row.rewards for row in arrays]))
-        window = self._td_window(samples, self._rule, rewards)
+        window = self._td_window(samples, rewards)
         td_valid = window.valid & valid
         charge = None
         if self._takeovers_ahead is not None:
@@ -153,7 +160,7 @@ class Assembler:
         table = self.shard_set.table
         return self._column(table.episode_length, samples) - 1 - self._column(table.frame, samples)
 
-    def _td_window(self, samples: np.ndarray, rule: ReturnRule, rewards: Tensor | None) -> TdWindow:
+    def _td_window(self, samples: np.ndarray, rewards: Tensor) -> TdWindow:
         table = self.shard_set.table
         task = self._column(table.task, samples)
         return td_window(
@@ -161,7 +168,7 @@ class Assembler:
             self._column(table.num_valid, samples),
             self._column(table.outcome, samples),
             td_horizon=self.shard_set.manifest.td_horizon,
-            rule=rule,
+            rule=self._rule,
             failure_cost=self._scale.failure_cost[task],
             normaliser=self._scale.normaliser[task],
             rewards=rewards,
@@ -178,29 +185,38 @@ class Assembler:
     def _count_takeovers(self) -> Tensor:
         table, everything = self.shard_set.table, np.arange(self.shard_set.num_samples)
         columns = [self._column(values, everything) for values in (table.episode, table.frame, table.num_valid)]
-        return takeovers_ahead(*columns, self._steps_to_end(everything), self._column(table.control, everything))
+        ahead = takeovers_ahead(*columns, self._steps_to_end(everything), self._column(table.control, everything))
+        return ahead.to(torch.int32)  # half of what every worker has to hold
 
-    def _find_next_observations(self) -> np.ndarray:
-        """[N] bool, True = the TD target reads the next observation; checks that the one stored is the one it means."""
+    def _next_offsets(self, samples: np.ndarray) -> np.ndarray:
+        """[n] int64, frames from each sample to the next observation that its TD target reads; 0 = it reads none."""
+        table = self.shard_set.table
+        ended = is_ended(self._column(table.outcome, samples), self._rule.timeout_is)
+        num_valid = self._column(table.num_valid, samples)
+        horizon = self.shard_set.manifest.td_horizon
+        steps, continues = window_steps(self._steps_to_end(samples), num_valid, ended, horizon)
+        return (steps * continues).numpy()
+
+    def _check_next_observations(self) -> None:
+        """UsageError where another one is stored than the TD target means."""
         shard_set = self.shard_set
-        # Which reward is paid changes nothing about the window itself, and rewards are not read yet.
-        rule = self._rule._replace(reward="sparse_time")
-        # In parts, not at once: the window's arithmetic takes td_horizon float64 numbers per sample.
-        parts = [
-            self._td_window(np.arange(first, min(first + 2**16, shard_set.num_samples)), rule, None)
-            for first in range(0, shard_set.num_samples, 2**16)
-        ]
-        steps = torch.cat([part.steps for part in parts]).numpy()
-        needs_next = torch.cat([part.valid & (part.continues > 0) for part in parts]).numpy()
-        wrong = np.flatnonzero(needs_next & (steps != shard_set.table.next_offset))
-        if len(wrong):
-            found = shard_set.damaged(int(wrong[0]), f"next_offset is {shard_set.table.next_offset[wrong[0]]}")
-            horizon = shard_set.manifest.td_horizon
-            raise UsageError(
-                f"{shard_set.folder}: {len(wrong)} samples store another next observation than a TD window of "
-                f"{horizon} frames needs (first: {found}, not {steps[wrong[0]]}); import the data again"
-            )
-        return needs_next
+        num_wrong, first = 0, None
+        # In parts, not at once: all of them would be gigabytes for a large set.
+        for start in range(0, shard_set.num_samples, 2**18):
+            samples = np.arange(start, min(start + 2**18, shard_set.num_samples))
+            offsets = self._next_offsets(samples)
+            wrong = np.flatnonzero((offsets > 0) & (offsets != shard_set.table.next_offset[samples]))
+            num_wrong += len(wrong)
+            if first is None and len(wrong):
+                first = int(samples[wrong[0]]), int(offsets[wrong[0]])
+        if first is None:
+            return
+        sample, needed = first
+        found = shard_set.damaged(sample, f"next_offset is {shard_set.table.next_offset[sample]}")
+        raise UsageError(
+            f"{shard_set.folder}: {num_wrong} samples store another next observation than a TD window of "
+            f"{shard_set.manifest.td_horizon} frames needs (first: {found}, not {needed}); import the data again"
+        )
 
     @staticmethod
     def _column(values: np.ndarray, samples: np.ndarray) -> Tensor:

@@ -30,7 +30,7 @@ def choose_samples(shard_set: ShardSet, held_out_fraction: float, max_samples: i
     table = shard_set.table
     held_out = np.flatnonzero(shard_set.held_out(held_out_fraction))
     # The lowest hashes win, so that the choice is the same for every seed and changes little when data is added.
-    rank = np.array([shard_set.identity(i) for i in held_out], np.uint64)
+    rank = np.fromiter((shard_set.identity(i) for i in held_out), np.uint64, len(held_out))
     # (source, task) as one number
     group = table.source[held_out].astype(np.int64) * len(shard_set.manifest.tasks) + table.task[held_out]
     by_size = sorted((held_out[group == i][np.argsort(rank[group == i])] for i in np.unique(group)), key=len)

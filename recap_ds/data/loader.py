@@ -2,8 +2,8 @@
 
 Step n takes the next ``sizes.total`` slots, rank r its slice of them, micro-batch by micro-batch; what a slot holds is
 decided by ``order.py`` alone. So the stream is the same for every world size, accumulation and worker count, and a
-start at any slot is O(1). A damaged sample is replaced by another of its source, by (seed, slot, attempt), flagged and
-logged; how many are too many is the training loop's decision.
+start at any slot is O(1). A damaged sample is replaced by another of its part of the mixture, by (seed, slot, attempt),
+flagged and logged; how many are too many is the training loop's decision.
 """
 
 import json
@@ -20,6 +20,7 @@ from recap_ds.config import BatchSizes, PiStarRECAPConfig
 from recap_ds.data.assemble import Assembler, BatchDraws
 from recap_ds.data.draws import training_draws
 from recap_ds.data.order import SampleOrder
+from recap_ds.data.parts import training_parts
 from recap_ds.data.sample import SampleArrays
 from recap_ds.data.shard_set import DamagedSample
 from recap_ds.data.workers import worker_options
@@ -33,15 +34,14 @@ MAX_ATTEMPTS = 16
 class TransitionDataset(Dataset):
     """Map-style over slots; a whole micro-batch at a time. Picklable."""
 
-    def __init__(self, assembler: Assembler, config: PiStarRECAPConfig, damage_log: Path | None = None):
-        """``damage_log``: one JSON line per damaged sample met is appended to it, by every process."""
+    def __init__(
+        self, assembler: Assembler, config: PiStarRECAPConfig, slots_per_step: int, damage_log: Path | None = None
+    ):
+        """``slots_per_step``: the global batch. ``damage_log``: a JSON line per damaged sample met is appended to it,
+        by every process."""
         self.assembler = assembler
-        self.order = SampleOrder(
-            assembler.shard_set.training_samples(config.data.held_out_fraction),
-            config.data.mixture,
-            config.training.seed,
-            config.data.shuffle_shards,
-        )
+        parts = training_parts(assembler.shard_set, config.data)
+        self.order = SampleOrder(parts, config.data, config.training.seed, slots_per_step)
         self._damage_log = damage_log
         self._seed = config.training.seed
         self._draw_shape = (config.model.flow_samples, config.chunk_size, config.max_action_dim)
@@ -55,11 +55,11 @@ class TransitionDataset(Dataset):
             return error
 
     def batch(self, slots: np.ndarray) -> TransitionBatch:
-        sources, samples = self.order.samples(slots)
+        parts, samples = self.order.samples(slots)
         arrays, replaced = [], np.zeros(len(slots), bool)
         for row, slot in enumerate(slots):
             wanted = int(samples[row])
-            samples[row], read = self._read(int(slot), int(sources[row]), wanted)
+            samples[row], read = self._read(int(slot), int(parts[row]), wanted)
             replaced[row] = samples[row] != wanted
             arrays.append(read)
         return self.assembler.stack(samples, arrays, self._draws(slots), np.ones(len(slots), bool), replaced)
@@ -70,14 +70,14 @@ class TransitionDataset(Dataset):
         time = flow_time(torch.from_numpy(uniform)).float().numpy()
         return BatchDraws(slots, noise, time, dropped, augmentation)
 
-    def _read(self, slot: int, source: int, sample: int) -> tuple[int, SampleArrays]:
+    def _read(self, slot: int, part: int, sample: int) -> tuple[int, SampleArrays]:
         for attempt in range(MAX_ATTEMPTS + 1):
             try:
                 return sample, self.assembler.read(sample)
             except DamagedSample as damage:
                 log_damage(self._damage_log, damage, slot)
                 last = damage
-            sample = self.order.replacement(source, slot, attempt)
+            sample = self.order.replacement(part, slot, attempt)
         folder = self.assembler.shard_set.folder
         raise UsageError(
             f"data.shards: no sound sample was found for slot {slot} in {MAX_ATTEMPTS + 1} tries (last: {last}); see "

@@ -126,7 +126,7 @@ def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo)
     normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
     tokenizer = build_tokenizer(config.vlm_source.name, config.vlm_source.revision, config.has_own_backbone)
     assembler = Assembler(shard_set, config, tokenizer, normalizer, scale, labels)
-    dataset = TransitionDataset(assembler, config, damage_log=run.damaged)
+    dataset = TransitionDataset(assembler, config, sizes.total, damage_log=run.damaged)
     contract = _contract(config, shard_set, normalizer, scale)
     start = find_start(config, info)
     if start is not None:

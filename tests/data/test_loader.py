@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from recap_ds.batch import SOURCE_IDS, TransitionBatch, map_tensors
 from recap_ds.config import BatchSizes, PiStarRECAPConfig
+from recap_ds.data import sample_table
 from recap_ds.data.assemble import Assembler
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.loader import MAX_ATTEMPTS, TransitionDataset, build_train_loader
@@ -28,7 +30,7 @@ def dataset_of(shard_set: ShardSet, config: PiStarRECAPConfig, damage_log: Path 
     manifest = shard_set.manifest
     normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
     assembler = Assembler(shard_set, config, ByteTokenizer(), normalizer, scale_of(config, manifest))
-    return TransitionDataset(assembler, config, damage_log)
+    return TransitionDataset(assembler, config, slots_per_step=8, damage_log=damage_log)
 
 
 def load(dataset, config, sizes=(8, 1, 1), rank=0, start_slot=0, num_steps=3) -> list[TransitionBatch]:
@@ -68,11 +70,18 @@ def test_global_batches_do_not_depend_on_world_size_or_accumulation(shards):
         assert_equal(whole, in_order)
 
 
-def test_workers_change_nothing_but_the_waiting(shards):
+def test_workers_change_nothing_but_the_waiting(shards, monkeypatch, tmp_path):
     config = tiny_config()
     alone = load(dataset_of(shards, config), config)
-    two = tiny_config(data={"num_workers": 2})
-    assert_equal(alone, load(dataset_of(shards, two), two))
+    three = tiny_config(data={"num_workers": 3})
+    # As with a large set, whose table they map.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sample_table, "MAX_SAMPLES_IN_MEMORY", 0)
+    dataset = dataset_of(ShardSet.open(shards.folder), three)
+    assert len(list(tmp_path.rglob("*.arrays"))) == 1
+    in_memory, table = dataset_of(shards, three), sum(column.nbytes for column in shards.table)
+    assert len(pickle.dumps(dataset)) < len(pickle.dumps(in_memory)) - table
+    assert_equal(alone, load(dataset, three))
 
 
 def test_a_start_in_the_middle_equals_the_rest_of_the_whole(shards):
@@ -144,9 +153,10 @@ def test_damaged_samples_are_replaced_flagged_and_logged(tmp_path):
     dataset = dataset_of(shard_set, config, log)
     slots = np.arange(64)
     batch = dataset.batch(slots)
-    sources, samples = dataset.order.samples(slots)
+    parts, samples = dataset.order.samples(slots)
     np.testing.assert_array_equal(batch.replaced.numpy(), np.isin(samples, bad))
     # The sources stay as drawn: a replacement comes from the same one.
+    sources = [SOURCE_IDS[dataset.order.parts[part].source] for part in parts]
     np.testing.assert_array_equal(batch.source.numpy(), sources)
     # The draws are the slot's own, whoever fills it; and all of it happens again the same way.
     assert_equal([batch], load(dataset_of(shard_set, config), config, num_steps=8))

@@ -1,95 +1,63 @@
+"""The order of samples without files: exact proportions, whole epochs, any start, lanes; and that it never changes."""
+
+import hashlib
+
 import numpy as np
 import pytest
 
-from recap_ds.batch import SOURCE_IDS
-from recap_ds.data.order import (
-    BLOCK_SLOTS,
-    KeptSamples,
-    Mixture,
-    SampleOrder,
-    SourceEpochs,
-    block_quotas,
-    group_by_shard,
-)
+from recap_ds.config import DataConfig
+from recap_ds.data.epochs import Epochs, KeptSamples
+from recap_ds.data.mixture import BLOCK_SLOTS
+from recap_ds.data.order import SampleOrder
+from recap_ds.data.parts import Part
 from recap_ds.errors import UsageError
+from tests.data.made_index import ids_of, made_index, made_order, made_parts
+
+THREE = {"demo": [50, 37, 64, 64, 9], "auto": [100, 100], "intervention": [31]}
+SLOTS = np.arange(4 * BLOCK_SLOTS)
 
 
-def kept_samples(first: int, sizes: list[int]) -> KeptSamples:
-    """Ids from ``first`` on, every third one missing as if held out, spread over shards of the given sizes."""
-    ids = first + np.flatnonzero(np.arange(2 * sum(sizes)) % 3 != 1)[: sum(sizes)]
-    return group_by_shard(ids, np.repeat(np.arange(len(sizes)), sizes))
+def digest(values: np.ndarray) -> str:
+    return hashlib.sha256(values.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def three_sources() -> dict[str, KeptSamples]:
-    return {
-        "demo": kept_samples(0, [50, 37, 64, 64, 9]),
-        "auto": kept_samples(10_000, [100, 100]),
-        "intervention": kept_samples(20_000, [31]),
-    }
-
-
-def order(seed: int = 0, weights: dict | None = None, shuffle_shards: int = 2) -> SampleOrder:
-    return SampleOrder(three_sources(), weights, seed, shuffle_shards)
-
-
-def test_group_by_shard_drops_empty_shards():
-    kept = group_by_shard(np.array([3, 4, 9]), np.array([0, 0, 5]))
-    np.testing.assert_array_equal(kept.shard_starts, [0, 2, 3])
-
-
-def test_default_quotas_follow_the_sample_counts():
-    quotas = block_quotas(None, {"demo": 300, "auto": 100, "intervention": 0})
-    np.testing.assert_array_equal(quotas, [3072, 1024, 0])
-
-
-def test_largest_remainder():
-    # A third each of 4096 leaves one slot, which goes to the first of the equals.
-    np.testing.assert_array_equal(
-        block_quotas(dict.fromkeys(SOURCE_IDS, 1.0), dict.fromkeys(SOURCE_IDS, 9)), [1366, 1365, 1365]
-    )
-    np.testing.assert_array_equal(
-        block_quotas({"demo": 0.7001, "auto": 0.2999}, {"demo": 1, "auto": 1}), [2868, 1228, 0]
-    )
-
-
+# Every run's order is in these numbers: a change of them would break the resume of all runs there are.
 @pytest.mark.parametrize(
-    "weights, counts, message",
+    "mixture, sources, ids",
     [
-        ({"demo": 1, "auto": 1}, {"demo": 5}, "data.mixture.auto: the shards hold no auto sample"),
-        ({"demo": 1, "auto": 1e-4}, {"demo": 5, "auto": 5}, "below 1/4096"),
-        (None, {"demo": 1_000_000, "intervention": 10}, "data.mixture.intervention"),
-        ({"demo": -1, "auto": 2}, {"demo": 5, "auto": 5}, "negative"),
-        (None, {"demo": 0}, "no sample is left"),
+        (None, "8660c406cb0ce1fa", "8b98bc0845aa2ea7"),
+        ({"demo": 1, "intervention": 3}, "c8c39081255fe217", "9a6defa899bc93ae"),
+        ({"demo": 0.5, "auto": 0.25, "intervention": 0.25}, "89b367b5439d780b", "722e6a010cb9b576"),
     ],
 )
-def test_impossible_mixtures_are_one_line(weights, counts, message):
-    with pytest.raises(UsageError, match=message) as caught:
-        block_quotas(weights, counts)
-    assert "\n" not in str(caught.value)
+def test_the_order_of_existing_runs_stands(mixture, sources, ids):
+    shard_starts, kept = [], np.zeros(21_000, bool)
+    for first, sizes in zip((0, 10_000, 20_000), THREE.values(), strict=True):
+        mine = first + np.flatnonzero(np.arange(2 * sum(sizes)) % 3 != 1)[: sum(sizes)]
+        kept[mine] = True
+        shard_starts.append(mine[np.cumsum([0, *sizes[:-1]])])
+    index = made_index(np.diff([*np.concatenate(shard_starts), len(kept)]).tolist())
+    shards = np.split(np.arange(8), [5, 7])
+    parts = [Part(name, name, KeptSamples(index, mine, kept)) for name, mine in zip(THREE, shards, strict=True)]
+    order = SampleOrder(parts, DataConfig(mixture=mixture, shuffle_shards=2), seed=7, slots_per_step=8)
+    slots = np.concatenate([np.arange(9000), np.arange(10**9, 10**9 + 5000)])
+    found_parts, found_ids = order.samples(slots)
+    assert (digest(found_parts), digest(found_ids)) == (sources, ids)
+    assert [order.replacement(0, 5, attempt) for attempt in range(4)] == [314, 98, 161, 74]
 
 
-def test_every_block_holds_the_quotas_and_k_counts_each_source():
-    quotas = np.array([1000, 3000, 96])
-    source, k = Mixture(quotas, seed=5).draws(np.arange(3 * BLOCK_SLOTS))
-    for number, quota in enumerate(quotas):
-        np.testing.assert_array_equal(k[source == number], np.arange(3 * quota))
-        for block in range(3):
-            assert (source[block * BLOCK_SLOTS : (block + 1) * BLOCK_SLOTS] == number).sum() == quota
-    assert not np.array_equal(source[:BLOCK_SLOTS], source[BLOCK_SLOTS : 2 * BLOCK_SLOTS])
-
-
-def test_each_epoch_of_a_source_visits_every_kept_sample_once():
-    kept = kept_samples(100, [50, 37, 64, 64, 9])
-    epochs = SourceEpochs(0, kept, seed=1, shuffle_shards=2)
-    seen = epochs.samples(np.arange(3 * len(kept.ids))).reshape(3, -1)
+def test_each_epoch_of_a_part_visits_every_kept_sample_once():
+    (part,) = made_parts({"demo": THREE["demo"]})
+    seen = Epochs(0, part.samples, seed=1, shuffle_shards=2).draw(np.arange(3 * 224)).reshape(3, -1)
     for epoch in seen:
-        np.testing.assert_array_equal(np.sort(epoch), kept.ids)
+        np.testing.assert_array_equal(np.sort(epoch), ids_of(part))
     assert not np.array_equal(seen[0], seen[1])
+    assert [part.samples.at(place) for place in range(224)] == ids_of(part).tolist()
 
 
 def test_samples_are_shuffled_within_windows_of_shards():
-    kept = group_by_shard(np.arange(400), np.repeat(np.arange(8), 50))
-    ids = SourceEpochs(0, kept, seed=1, shuffle_shards=2).samples(np.arange(400))
+    (part,) = made_parts({"demo": [50] * 8}, held_out=False)
+    ids = Epochs(0, part.samples, seed=1, shuffle_shards=2).draw(np.arange(400))
     windows = (ids // 50).reshape(4, 100)
     assert [len(np.unique(window)) for window in windows] == [2, 2, 2, 2]
     assert not np.array_equal(np.unique(windows[0]), [0, 1]) or not np.array_equal(np.unique(windows[1]), [2, 3])
@@ -97,42 +65,77 @@ def test_samples_are_shuffled_within_windows_of_shards():
 
 
 def test_whole_order_repeats_exactly_and_changes_with_the_seed():
-    slots = np.arange(2 * BLOCK_SLOTS)
-    first = order(seed=0).samples(slots)[1]
-    np.testing.assert_array_equal(first, order(seed=0).samples(slots)[1])
-    assert (first == order(seed=1).samples(slots)[1]).mean() < 0.1
-
-
-def test_mixture_weights_set_the_shares_whatever_the_sources_hold():
-    source, ids = order(weights={"demo": 1, "intervention": 3}).samples(np.arange(BLOCK_SLOTS))
-    np.testing.assert_array_equal(np.bincount(source, minlength=3), [1024, 0, 3072])
-    _, counts = np.unique(ids[source == 2], return_counts=True)
-    assert counts.max() - counts.min() <= 1  # 3072 draws of 31 samples: whole epochs and a part of one
-
-
-def test_a_start_at_any_slot_equals_the_sequential_order():
-    slots = np.arange(4 * BLOCK_SLOTS)
-    whole = order().samples(slots)[1]
-    for start in (1, 777, BLOCK_SLOTS - 3, 3 * BLOCK_SLOTS + 5):
-        np.testing.assert_array_equal(order().samples(slots[start : start + 64])[1], whole[start : start + 64])
+    first = made_order(THREE).samples(SLOTS)[1]
+    np.testing.assert_array_equal(first, made_order(THREE).samples(SLOTS)[1])
+    assert (first == made_order(THREE, seed=1).samples(SLOTS)[1]).mean() < 0.1
 
 
 def test_slots_may_come_in_any_grouping_and_direction():
     slots = np.arange(BLOCK_SLOTS - 100, BLOCK_SLOTS + 100)
-    whole = order().samples(slots)[1]
-    one = order()
-    singly = np.concatenate([one.samples(slots[i : i + 1])[1] for i in reversed(range(200))])[::-1]
-    np.testing.assert_array_equal(whole, singly)
+    for data in ({}, {"lanes": 2, "mixture_schedule": {512: {"demo": 1}}, "max_epochs": {"auto": 3}}):
+        whole, one = made_order(THREE, **data).samples(slots)[1], made_order(THREE, **data)
+        singly = np.concatenate([one.samples(slots[i : i + 1])[1] for i in reversed(range(200))])[::-1]
+        np.testing.assert_array_equal(whole, singly)
 
 
 def test_a_far_slot_costs_no_more_than_a_near_one():
     # 10^12 slots in: only arithmetic and the current permutations are needed.
-    source, ids = order().samples(np.array([10**12]))
-    assert ids[0] in three_sources()[list(SOURCE_IDS)[source[0]]].ids
+    order = made_order(THREE)
+    part, ids = order.samples(np.array([10**12]))
+    assert ids[0] in ids_of(order.parts[part[0]])
 
 
-def test_replacements_come_from_the_same_source_and_differ_by_attempt():
-    sample_order, kept = order(), three_sources()["auto"]
-    ids = [sample_order.replacement(SOURCE_IDS["auto"], 9, attempt) for attempt in range(8)]
-    assert np.isin(ids, kept.ids).all() and len(set(ids)) > 4
-    assert ids == [order().replacement(SOURCE_IDS["auto"], 9, attempt) for attempt in range(8)]
+def test_replacements_come_from_the_same_part_and_differ_by_attempt():
+    order = made_order(THREE)
+    ids = [order.replacement(1, 9, attempt) for attempt in range(8)]
+    assert np.isin(ids, ids_of(order.parts[1])).all() and len(set(ids)) > 4
+    assert ids == [made_order(THREE).replacement(1, 9, attempt) for attempt in range(8)]
+
+
+def test_epochs_taken_are_counted_exactly_by_source_and_by_data_set():
+    order = made_order({"demo": [10, 10], "demo/a": [20], "auto": [40]}, mixture={"demo": 1, "demo/a": 2, "auto": 1})
+    parts, _ = order.samples(np.arange(5003))
+    draws = np.bincount(parts)
+    expected = {"demo": (draws[0] + draws[1]) / 40, "auto": draws[2] / 40, "demo/a": draws[1] / 20}
+    assert order.epochs(5003) == pytest.approx(expected, abs=1e-12)
+    assert order.epochs(0) == {"demo": 0, "auto": 0, "demo/a": 0}
+
+
+def lane_shards(order: SampleOrder, sizes: dict[str, list[int]], num_steps: int, slots_per_step: int) -> list[set[int]]:
+    """Shards that each quarter of the global batches reads."""
+    starts = np.cumsum([0, *(2 * size for shards in sizes.values() for size in shards)])
+    ids = order.samples(np.arange(num_steps * slots_per_step))[1].reshape(num_steps, 4, -1)
+    return [set((np.searchsorted(starts, ids[:, lane].ravel(), side="right") - 1).tolist()) for lane in range(4)]
+
+
+def test_lanes_share_out_the_shards_and_a_small_part_goes_to_all():
+    sizes = {"demo": [50] * 12, "auto": [20, 30, 40, 50, 60], "intervention": [30, 30]}
+    demo, auto, small = set(range(12)), set(range(12, 17)), {17, 18}
+    order = made_order(sizes, slots_per_step=16, lanes=4)
+    shards = lane_shards(order, sizes, 1000, 16)
+    assert [len(lane & demo) for lane in shards] == [3, 3, 3, 3]
+    assert set().union(*shards) == demo | auto | small and all(lane >= small for lane in shards)
+    for one in range(4):
+        for other in range(one):
+            assert not shards[one] & shards[other] & (demo | auto)
+    # Every lane has the mixture's proportions, and a part that all draw from has whole epochs over them together.
+    parts, ids = order.samples(np.arange(4 * BLOCK_SLOTS))
+    by_lane = parts.reshape(-1, 4, 4).transpose(1, 0, 2).reshape(4, BLOCK_SLOTS)
+    assert len({tuple(np.bincount(lane)) for lane in by_lane}) == 1
+    _, times = np.unique(ids[parts == 2], return_counts=True)
+    assert times.max() - times.min() <= 2  # lanes are not at the same draw at every moment
+    first = parts == 0
+    # 600 of 860 samples, so 2857 of 4096 slots of each lane, whose 150 samples are drawn 19 times and some once more.
+    _, times = np.unique(ids[first], return_counts=True)
+    assert set(times) == {19, 20}
+    assert [order.replacement(0, slot, 0) // 100 in shards[slot * 4 // 16] for slot in range(16)] == [True] * 16
+
+
+def test_lanes_must_divide_the_global_batch():
+    with pytest.raises(UsageError, match=r"data\.lanes: 3 lanes do not divide the global batch of 8"):
+        made_order(THREE, lanes=3)
+
+
+def test_nothing_to_draw_is_one_line():
+    with pytest.raises(UsageError, match=r"data\.shards: no sample is left for training"):
+        made_order({})

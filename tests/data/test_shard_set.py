@@ -134,14 +134,3 @@ def test_held_out_episodes_stay_when_data_is_added(tmp_path):
     assert {name for name in held_out_names(more, 0.3) if name.startswith("demo/")} == before
     assert identities(first).items() <= identities(more).items()
     assert len(set(identities(more).values())) == more.num_samples
-
-
-def test_training_samples_are_all_the_others_by_source(tmp_path):
-    shard_set = mixed_set(tmp_path)
-    kept = shard_set.training_samples(0.3)
-    together = np.sort(np.concatenate([samples.ids for samples in kept.values()]))
-    np.testing.assert_array_equal(together, np.flatnonzero(~shard_set.held_out(0.3)))
-    for name, samples in kept.items():
-        assert (shard_set.table.source[samples.ids] == SOURCE_IDS[name]).all()
-        for first, end in zip(samples.shard_starts[:-1], samples.shard_starts[1:], strict=True):
-            assert len({shard_set.shard_of(sample) for sample in samples.ids[first:end]}) == 1

@@ -58,10 +58,11 @@ def flat_episode(
 
 
 def write_tiny(folder: Path, episodes: list[Episode], **options) -> ShardSet:
-    """Each source as a data set of its own name."""
+    """Data sets are those of the episodes' names; ``flat_episode`` calls each after its source."""
     settings = {"action_width": 6, "td_horizon": 4, "image_size": SIZE, "samples_per_shard": 16, **options}
-    for source in sorted({episode.source for episode in episodes}):
-        write_shards(folder, [e for e in episodes if e.source == source], dataset=source, **settings)
+    for dataset in sorted({episode.name.rpartition("/")[0] for episode in episodes}):
+        mine = [episode for episode in episodes if episode.name.rpartition("/")[0] == dataset]
+        write_shards(folder, mine, dataset=dataset, **settings)
     return ShardSet.open(folder)
 
 

@@ -65,7 +65,7 @@ def gates_after_training(folder: Path) -> dict[str, Any]:
     manifest = shards.manifest
     normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), CONFIG)
     assembler = Assembler(shards, CONFIG, build_tokenizer("tiny"), normalizer, scale_of(CONFIG, manifest))
-    data, policy = TransitionDataset(assembler, CONFIG), PiStarRECAPPolicy(CONFIG)
+    data, policy = TransitionDataset(assembler, CONFIG, slots_per_step=1), PiStarRECAPPolicy(CONFIG)
     optimizer = torch.optim.AdamW(policy.parameter_groups())
     for step in range(NUM_STEPS):
         for group in optimizer.param_groups:
