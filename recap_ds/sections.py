@@ -211,8 +211,16 @@ class TrainingConfig(Section):
 
 
 class DataConfig(Section):
-    # A folder with manifest.json. None only in the embedded quickstart, which makes its own.
+    # A folder with manifest.json, or the address of one: http(s)://HOST/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH,
+    # hf://datasets/OWNER/NAME[@REVISION][/PATH], or pipe:COMMAND, which prints the file {name}. None only in the
+    # embedded quickstart, which makes its own.
     shards: str | None = None
+    # Remote shards are kept whole on every node, in this folder (None: ~/.cache/recap_ds), the last used ones that fit.
+    cache_folder: str | None = None
+    max_cache_gib: float = Field(100.0, gt=0)
+    # A shard that cannot be fetched is tried again for so long, then the run ends. Less than
+    # training.hang_timeout_seconds.
+    fetch_patience_seconds: float = Field(600.0, ge=0)
     # Stage policy: the tag under which launch/label.py wrote the labels it is to learn from.
     labels: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     # Sampling weight of a source ("demo") or of one data set of it ("demo/NAME", of the episodes "NAME/<index>"); a

@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--hostfile", metavar="FILE", help="also every machine of it, over ssh, and the network between"
     )
     parser.add_argument("--run-folder", type=Path, metavar="FOLDER", help="default: the recipe's, else runs/")
-    parser.add_argument("--shards", type=Path, metavar="FOLDER", help="read them (default: the recipe's data.shards)")
+    parser.add_argument("--shards", metavar="SHARDS", help="read them (default: the recipe's data.shards)")
     parser.add_argument("--config", metavar="RECIPE", help="what is to be trained, see launch/recipes/")
     parser.set_defaults(run=run)
 

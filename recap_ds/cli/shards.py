@@ -35,8 +35,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     show.set_defaults(run=run_show)
 
     verify = verbs.add_parser("verify", help="read every byte; exit 1 with a line per fault")
-    verify.add_argument("folder", type=Path, metavar="FOLDER")
+    verify.add_argument("shards", metavar="SHARDS", help="a folder, or the address of a remote one")
     verify.add_argument("--jobs", type=count, default=1)
+    verify.add_argument("--cache-folder", metavar="FOLDER", help="where remote shards are kept: data.cache_folder")
     verify.set_defaults(run=run_verify)
 
 
@@ -77,10 +78,13 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    from recap_ds.config import DataConfig
+    from recap_ds.data.cache import ShardCache
     from recap_ds.data.verify import verify_shards
 
-    findings = verify_shards(args.folder, jobs=args.jobs)
+    cache = ShardCache.of(DataConfig(cache_folder=args.cache_folder))
+    findings = verify_shards(args.shards, jobs=args.jobs, cache=cache)
     for finding in findings:
         print(finding, file=sys.stderr)
-    print(f"{args.folder}: {f'{len(findings)} faults' if findings else 'sound'}")
+    print(f"{args.shards}: {f'{len(findings)} faults' if findings else 'sound'}")
     return 1 if findings else 0

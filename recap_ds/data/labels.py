@@ -34,6 +34,7 @@ from recap_ds.data.sidecars import (
 from recap_ds.errors import UsageError
 from recap_ds.files.records import file_problems, record_file
 
+MAX_RECORD_BYTES = 2**28  # of labels that are fetched
 INDICATOR_NAMES = {number: name for name, number in INDICATOR_IDS.items()}
 
 
@@ -112,10 +113,16 @@ def load_label_record(shards: str | Path, tag: str) -> LabelRecord | None:
 def read_label_record(shard_set: ShardSet, tag: str) -> LabelRecord:
     """UsageError for an unknown tag, other shards, and files that are missing or were changed."""
     folder = labels_folder(shard_set.folder, tag)
+    if shard_set.remote is not None:
+        shard_set.remote.fetch_sidecar(f"labels/{tag}/{LABELS_NAME}", MAX_RECORD_BYTES)
     record = load_label_record(shard_set.folder, tag)
     if record is None:
         raise unknown_tag(shard_set.folder, "labels", LABELS_NAME, tag)
     check_manifest(shard_set, folder, record.values.manifest_hash)
+    if shard_set.remote is not None:
+        expected = {sidecar_path(folder, entry.name).name for entry in shard_set.manifest.shards}
+        files = {name: file for name, file in record.files.items() if name in expected}
+        shard_set.remote.fetch_sidecars(f"labels/{tag}", files)
     if problems := label_problems(shard_set, tag, record):
         raise UsageError(f"{folder}: {problems[0]}; {_mend(tag, record)}")
     return record

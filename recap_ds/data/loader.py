@@ -24,7 +24,7 @@ from recap_ds.data.parts import training_parts
 from recap_ds.data.sample import SampleArrays
 from recap_ds.data.shard_set import DamagedSample
 from recap_ds.data.workers import worker_options
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunFailed, UsageError
 from recap_ds.files.lines import append_line
 
 # Replacements tried for one slot. With one sample in ten damaged, all fail once in 10^16 slots.
@@ -47,11 +47,11 @@ class TransitionDataset(Dataset):
         self._draw_shape = (config.model.flow_samples, config.chunk_size, config.max_action_dim)
         self._indicator_dropout = config.recap.indicator_dropout
 
-    def __getitems__(self, slots: list[int]) -> TransitionBatch | UsageError:
+    def __getitems__(self, slots: list[int]) -> TransitionBatch | UsageError | RunFailed:
         """The micro-batch of ``slots``. An error is returned, not raised: crossing processes would garble its line."""
         try:
             return self.batch(np.asarray(slots, np.int64))
-        except UsageError as error:
+        except (UsageError, RunFailed) as error:
             return error
 
     def batch(self, slots: np.ndarray) -> TransitionBatch:
@@ -78,10 +78,10 @@ class TransitionDataset(Dataset):
                 log_damage(self._damage_log, damage, slot)
                 last = damage
             sample = self.order.replacement(part, slot, attempt)
-        folder = self.assembler.shard_set.folder
+        place = self.assembler.shard_set.place
         raise UsageError(
             f"data.shards: no sound sample was found for slot {slot} in {MAX_ATTEMPTS + 1} tries (last: {last}); see "
-            f"'recap-ds shards verify {folder}'"
+            f"'recap-ds shards verify {place}'"
         )
 
 
@@ -113,11 +113,11 @@ class SlotBatches:
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader of TransitionBatch that raises a worker's UsageError as the one line it is."""
+    """A DataLoader of TransitionBatch that raises a worker's UsageError or RunFailed as the one line it is."""
 
     def __iter__(self) -> Iterator[TransitionBatch]:
         for item in super().__iter__():
-            if isinstance(item, UsageError):
+            if isinstance(item, UsageError | RunFailed):
                 raise item
             yield item
 

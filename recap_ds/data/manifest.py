@@ -87,7 +87,7 @@ class Manifest(_Part):
     def load(cls, folder: str | Path) -> "Manifest":
         path = Path(folder) / MANIFEST_NAME
         try:
-            values = json.loads(path.read_bytes())
+            data = path.read_bytes()
         except FileNotFoundError:
             raise UsageError(
                 f"{path}: missing; make shards with 'recap-ds shards make' or 'import', or index existing tars with "
@@ -95,6 +95,14 @@ class Manifest(_Part):
             ) from None
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+        return cls.parse(data, folder)
+
+    @classmethod
+    def parse(cls, data: bytes, folder: str | Path) -> "Manifest":
+        """``folder``: where it came from, for messages; an address where that is remote."""
+        path = f"{folder}/{MANIFEST_NAME}"
+        try:
+            values = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}: not JSON ({error}); rebuild it with 'recap-ds shards index {folder}'") from None
         version = values.get("schema_version") if isinstance(values, dict) else None

@@ -6,7 +6,6 @@ whatever is wrong with the data set as a whole is a UsageError before training s
     C camera slots   P model.image_size   S max_state_dim   A max_action_dim   H chunk_size   W stored action width
 """
 
-import io
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.manifest import Manifest
 from recap_ds.data.shard_set import ShardSet
+from recap_ds.data.tar import npy_array
 from recap_ds.errors import UsageError
 from recap_ds.processing.images import decode_jpeg, resize_with_padding
 from recap_ds.processing.normalize import Normalizer
@@ -119,8 +119,8 @@ def _array(members: dict[str, bytes], name: str, shape: tuple[int, ...]) -> np.n
     if name not in members:
         raise _WrongMember(f"{name} is missing")
     try:
-        array = np.load(io.BytesIO(members[name]), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        array = npy_array(members[name])
+    except ValueError as error:
         raise _WrongMember(f"{name}: not a plain numpy array ({error})") from None
     if array.shape != shape or array.dtype != np.float32:
         raise _WrongMember(f"{name}: {array.dtype} {list(array.shape)}, expected float32 {list(shape)}")

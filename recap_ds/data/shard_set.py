@@ -7,23 +7,24 @@ all; the index's crc32 says whether they are what was written.
     N samples   E episodes
 """
 
-import os
 import zlib
-from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from recap_ds.batch import SOURCE_IDS
+from recap_ds.config import DataConfig
+from recap_ds.data.cache import ShardCache
 from recap_ds.data.draws import identity_of
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.manifest import Manifest, ShardEntry
+from recap_ds.data.remote import is_remote
+from recap_ds.data.remote_set import RemoteSet
 from recap_ds.data.sample_table import SetIndex, disagreement, open_set_index
+from recap_ds.data.shard_files import ShardFiles, ShardUnreadable
 from recap_ds.data.split import held_out_episodes
 from recap_ds.errors import UsageError
-
-MAX_OPEN_FILES = 64
 
 
 class DamagedSample(Exception):
@@ -38,36 +39,40 @@ class DamagedSample(Exception):
 
 
 class ShardSet:
-    def __init__(self, folder: Path, manifest: Manifest, index: SetIndex):
-        self.folder = folder
+    def __init__(self, folder: Path, manifest: Manifest, index: SetIndex, remote: RemoteSet | None = None):
+        self.folder = folder  # manifest, indices and labels; the shards too, unless they are remote
+        self.place = str(folder) if remote is None else remote.origin.place  # for messages
         self.manifest = manifest
         self.index = index
         self.suffixes = index.suffixes  # sorted
         self.episodes = index.episodes  # names, by the ids of table.episode
         self.shard_starts = index.shard_starts  # [num_shards + 1] int64, first sample id of each shard
         self.table = index.table
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, least recently used first
+        self.remote = remote  # where the shards come from; None: they lie in the folder
+        self._files = ShardFiles(folder, manifest.shards, remote)
 
     @classmethod
-    def open(cls, folder: str | Path) -> "ShardSet":
-        """Read the manifest and every index; UsageError where a file is missing or they disagree."""
-        folder = Path(folder)
+    def open(cls, place: str | Path, data: DataConfig | None = None) -> "ShardSet":
+        """Read the manifest and every index; UsageError where they are missing or disagree.
+
+        ``data``: how remote ones are reached, and how much of a local set may be missing. Of remote shards only reading
+        will tell.
+        """
+        data = data or DataConfig()
+        remote = RemoteSet.open(place, ShardCache.of(data)) if is_remote(str(place)) else None
+        folder = Path(place) if remote is None else remote.folder
         manifest = Manifest.load(folder)
         if not manifest.num_samples:
             raise UsageError(
-                f"{folder}: the manifest lists no sample; make shards with 'recap-ds shards make' or 'import'"
+                f"{place}: the manifest lists no sample; make shards with 'recap-ds shards make' or 'import'"
             )
-        for entry in manifest.shards:
-            if not (folder / entry.name).is_file():
-                raise UsageError(
-                    f"{folder / entry.name}: missing, though the manifest lists it; copy it again or run "
-                    f"'recap-ds shards index {folder}'"
-                )
-        return cls(folder, manifest, open_set_index(folder, manifest, partial(_load_index, folder)))
+        if remote is None:
+            _check_present(folder, manifest, data.max_damaged_fraction)
+        return cls(folder, manifest, open_set_index(folder, manifest, partial(_load_index, folder)), remote)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Descriptors mean nothing in another process: it opens its own.
-        return ShardSet, (self.folder, self.manifest, self.index)
+        # A copy in another process opens files of its own.
+        return ShardSet, (self.folder, self.manifest, self.index, self.remote)
 
     @property
     def num_samples(self) -> int:
@@ -91,17 +96,26 @@ class ShardSet:
         return self.held_out_episodes(fraction)[self.table.episode]
 
     def read_members(self, sample: int) -> dict[str, bytes]:
-        """Suffix -> bytes of one sample, checked against its crc32. Raises DamagedSample."""
+        """Suffix -> bytes of one sample, checked against its crc32.
+
+        Raises DamagedSample; RunFailed where a remote shard cannot be fetched now.
+        """
+        try:
+            return self._read_members(sample)
+        except DamagedSample:
+            if not self._files.mend(self.shard_of(sample)):
+                raise
+        return self._read_members(sample)
+
+    def _read_members(self, sample: int) -> dict[str, bytes]:
         shard = self.shard_of(sample)
         start, offsets, sizes = int(self.table.start[sample]), self.table.offsets[sample], self.table.sizes[sample]
         present = np.flatnonzero(sizes >= 0)
         num_bytes = int((offsets + sizes)[present].max())
         try:
-            data = os.pread(self._descriptor(shard), num_bytes, start)
-        except OSError as error:
-            raise self.damaged(sample, f"cannot be read ({error.strerror})") from None
-        if len(data) < num_bytes:
-            raise self.damaged(sample, f"{len(data)} of {num_bytes} bytes are there: the shard is cut short")
+            data = self._files.read(shard, num_bytes, start)
+        except ShardUnreadable as error:
+            raise self.damaged(sample, str(error)) from None
         members, crc = {}, 0
         for i in present:
             member = data[offsets[i] : offsets[i] + sizes[i]]
@@ -119,17 +133,19 @@ class ShardSet:
         return DamagedSample(path.name, str(key), what)
 
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            if len(self._files) == MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            path = self.folder / self.manifest.shards[shard].name
-            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._files.move_to_end(shard)
-        return self._files[shard]
+
+def _check_present(folder: Path, manifest: Manifest, max_damaged_fraction: float) -> None:
+    """A missing shard is damage like any other, if it is too much of it then before training starts."""
+    missing = [entry for entry in manifest.shards if not (folder / entry.name).is_file()]
+    num_missing = sum(entry.num_samples for entry in missing)
+    if num_missing > max_damaged_fraction * manifest.num_samples:
+        raise UsageError(
+            f"{folder / missing[0].name}: missing, though the manifest lists it (so are {num_missing} of "
+            f"{manifest.num_samples} samples, more than data.max_damaged_fraction={max_damaged_fraction:g}); copy it "
+            f"again or run 'recap-ds shards index {folder}'"
+        )
 
 
 def _load_index(folder: Path, entry: ShardEntry) -> ShardIndex:

@@ -16,7 +16,7 @@ from recap_ds.data.loader import BatchLoader
 from recap_ds.data.sample import SampleDecoder
 from recap_ds.data.shard_set import DamagedSample, ShardSet
 from recap_ds.data.workers import worker_options
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunFailed, UsageError
 from recap_ds.processing.normalize import Normalizer
 
 NO_SLOT = -1
@@ -31,11 +31,11 @@ class SweepDataset(Dataset):
         self._batch_size = batch_size
         self._draw_shape = (1, config.chunk_size, config.max_action_dim)
 
-    def __getitems__(self, samples: list[int]) -> TransitionBatch | UsageError:
+    def __getitems__(self, samples: list[int]) -> TransitionBatch | UsageError | RunFailed:
         """The batch of ``samples``. An error is returned, not raised: crossing processes would garble its line."""
         try:
             return self.batch(np.asarray(samples, np.int64))
-        except UsageError as error:
+        except (UsageError, RunFailed) as error:
             return error
 
     def can_read(self, sample: int) -> bool:

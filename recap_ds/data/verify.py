@@ -1,4 +1,4 @@
-"""Is a shard folder still what was written? ``recap-ds shards verify FOLDER``.
+"""Is a shard folder still what was written? ``recap-ds shards verify FOLDER_OR_ADDRESS``.
 
 Every byte is read. A finding names the shard, the sample where it can, and what is wrong; nothing is raised for damage.
 W = stored action width.
@@ -15,8 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from recap_ds.batch import CONTROL_IDS, OUTCOME_IDS, SOURCE_IDS
+from recap_ds.config import DataConfig
+from recap_ds.data.cache import ShardCache
+from recap_ds.data.fetch import FileLost
 from recap_ds.data.index import SampleRecord, ShardIndex, build_index, members_crc, parse_record
 from recap_ds.data.manifest import Manifest, ShardEntry
+from recap_ds.data.remote import is_remote
+from recap_ds.data.remote_set import RemoteSet
 from recap_ds.data.survey import count_sources
 from recap_ds.data.tar import file_sha256, npy_array
 from recap_ds.errors import UsageError
@@ -32,11 +37,17 @@ class Finding(NamedTuple):
         return f"{self.shard}: {f'{self.key}: ' if self.key else ''}{self.what}"
 
 
-def verify_shards(folder: str | Path, jobs: int = 1) -> list[Finding]:
-    """All findings, in the order of the manifest. UsageError only where there is no readable manifest."""
-    folder = Path(folder)
+def verify_shards(place: str | Path, jobs: int = 1, cache: ShardCache | None = None) -> list[Finding]:
+    """All findings, in the order of the manifest. UsageError only where there is no readable manifest.
+
+    ``cache``: through which a remote set is read.
+    """
+    remote = RemoteSet.find(str(place), cache or ShardCache.of(DataConfig())) if is_remote(str(place)) else None
+    folder = Path(place) if remote is None else remote.folder
     manifest = Manifest.load(folder)
-    check = partial(_verify_shard, folder, manifest)
+    if remote is not None:
+        remote.fetch_indices()  # those that are lost are found missing
+    check = partial(_verify_shard, folder, manifest, remote)
     if jobs == 1:
         per_shard = [check(entry) for entry in manifest.shards]
     else:
@@ -60,10 +71,24 @@ def _verify_counts(folder: Path, manifest: Manifest) -> list[Finding]:
     return findings
 
 
-def _verify_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[Finding]:
-    path = folder / entry.name
-    if not path.is_file():
-        return [Finding(entry.name, "", "missing")]
+def _verify_shard(folder: Path, manifest: Manifest, remote: RemoteSet | None, entry: ShardEntry) -> list[Finding]:
+    if remote is None:
+        path = folder / entry.name
+        if not path.is_file():
+            return [Finding(entry.name, "", "missing")]
+        return _verify_tar(path, ShardIndex.path_of(path), manifest, entry)
+    try:
+        descriptor = remote.open_shard(entry)
+    except FileLost as lost:
+        return [Finding(entry.name, "", f"cannot be fetched: {lost}")]
+    try:
+        path = remote.cache.path_of(entry)
+        return _verify_tar(path, ShardIndex.path_of(folder / entry.name), manifest, entry)
+    finally:
+        os.close(descriptor)
+
+
+def _verify_tar(path: Path, index_path: Path, manifest: Manifest, entry: ShardEntry) -> list[Finding]:
     findings = []
     size = path.stat().st_size
     if size != entry.bytes:
@@ -71,7 +96,7 @@ def _verify_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[F
     if file_sha256(path) != entry.sha256:
         findings.append(Finding(entry.name, "", "sha256 differs from the manifest's"))
     try:
-        index = ShardIndex.load(ShardIndex.path_of(path))
+        index = ShardIndex.load(index_path)
     except UsageError as error:
         return [*findings, Finding(entry.name, "", str(error))]
     if index.num_samples != entry.num_samples:

@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from recap_ds.data.manifest import MANIFEST_NAME
+from recap_ds.data.remote import is_remote
 from recap_ds.doctor.environment import environment_files, environment_finding, environment_variables
 from recap_ds.doctor.hosts import ask_hosts, host_findings, read_hostfile
 from recap_ds.doctor.machine import launcher_findings, machine_findings
@@ -22,15 +24,12 @@ from recap_ds.errors import RunFailed
 from recap_ds.recipe import load_config
 
 
-def examine(
-    hostfile: str | None, run_folder: Path | None, shards: Path | None, recipe: str | None
-) -> Iterator[Finding]:
+def examine(hostfile: str | None, run_folder: Path | None, shards: str | None, recipe: str | None) -> Iterator[Finding]:
     """Findings as they come: a bandwidth takes a while. ``recipe`` gives what the others leave out."""
     config = load_config(recipe)
     hosts = read_hostfile(hostfile) if hostfile is not None else []
     run_folder = run_folder or Path(config.runs_dir) / config.name
-    if shards is None and config.data.shards is not None:
-        shards = Path(config.data.shards)
+    shards = shards or config.data.shards
     here = facts_of_this_machine()
     yield from machine_findings(here, cpus_per_rank=1 + config.data.num_workers)
     yield from launcher_findings(here, with_hosts=bool(hosts))
@@ -38,7 +37,7 @@ def examine(
         yield weights_finding(config.model)
     yield from storage_findings(run_folder)
     if shards is not None:
-        yield from reading_findings(shards)
+        yield from reading_findings(shards, config.data)
     yield from local_bandwidth_findings(here)
     if hostfile is not None:
         yield from _over_nodes(hostfile, existing_parent(run_folder), shards)
@@ -54,7 +53,7 @@ def facts_of_this_machine() -> NodeFacts:
     return NodeFacts.from_output(done.stdout)
 
 
-def _over_nodes(hostfile: str, run_folder: Path, shards: Path | None) -> Iterator[Finding]:
+def _over_nodes(hostfile: str, run_folder: Path, shards: str | None) -> Iterator[Finding]:
     hosts = read_hostfile(hostfile)
     files = environment_files()
     environment = environment_finding(files)
@@ -66,7 +65,8 @@ def _over_nodes(hostfile: str, run_folder: Path, shards: Path | None) -> Iterato
         yield fail("hosts", f"not asked: {run_folder} cannot be written ({error.strerror})", "see 'run folder' above")
         return
     try:
-        paths = [token, *([shards / "manifest.json"] if shards else [])]
+        is_folder = shards is not None and not is_remote(shards)
+        paths = [token, *([Path(shards) / MANIFEST_NAME] if is_folder else [])]
         answers = ask_hosts(hosts, paths, environment_variables(files))
     finally:
         token.unlink()

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from recap_ds.config import DataConfig
+from recap_ds.data.remote_set import RemoteSet
 from recap_ds.data.shard_set import DamagedSample, ShardSet
 from recap_ds.doctor.page import Finding, fail, ok, warn
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunFailed, UsageError
 
 BLOCK_BYTES = 2**20
 MAX_BYTES = 2 * 2**30
@@ -21,11 +23,14 @@ MAX_SAMPLES = 2000
 SLOW_SAMPLES_PER_SECOND = 500.0  # one reader; 32 GPUs at three steps of 32 samples a second take 3,000 over 8 nodes
 
 
-def reading_findings(folder: Path) -> list[Finding]:
+def reading_findings(place: str | Path, data: DataConfig) -> list[Finding]:
     try:
-        shard_set = ShardSet.open(folder)
-    except UsageError as error:
+        shard_set = ShardSet.open(place, data)
+        if shard_set.remote is not None:
+            return [_remote_finding(shard_set, shard_set.remote)]
+    except (UsageError, RunFailed) as error:
         return [fail("shards", str(error))]
+    folder = shard_set.folder
     paths = [folder / entry.name for entry in shard_set.manifest.shards]
     for path, entry in zip(paths, shard_set.manifest.shards, strict=True):
         if path.stat().st_size != entry.bytes:
@@ -47,6 +52,29 @@ def reading_findings(folder: Path) -> list[Finding]:
     if rate < SLOW_SAMPLES_PER_SECOND:
         return [warn("shards", what, "copy them to a local disk, or raise data.num_workers and prefetch_batches")]
     return [ok("shards", what)]
+
+
+def _remote_finding(shard_set: ShardSet, remote: RemoteSet) -> Finding:
+    """One shard is fetched, unless it is in the cache already, and one of its samples read."""
+    entry = shard_set.manifest.shards[0]
+    was_there, start = remote.cache.path_of(entry).exists(), time.perf_counter()
+    try:
+        shard_set.read_members(0)
+    except DamagedSample as error:
+        return fail("shards", str(error), f"'recap-ds shards verify {shard_set.place}' lists all damage")
+    finally:
+        shard_set.close()
+    speed = entry.bytes / (time.perf_counter() - start)
+    how = "cached already" if was_there else f"one fetched at {speed / 1e6:,.1f} MB/s"
+    total = sum(entry.bytes for entry in shard_set.manifest.shards)
+    what = (
+        f"{shard_set.num_samples:,} samples in {len(shard_set.manifest.shards)} remote shards, {total / 1e9:,.1f} GB; "
+        f"{how}, kept in {remote.cache.folder}"
+    )
+    if total > remote.cache.max_bytes:
+        limit = f"data.max_cache_gib={remote.cache.max_bytes / 2**30:g} does not hold them all"
+        return warn("shards", f"{what}; {limit}", "raise it, or they are fetched again in every epoch")
+    return ok("shards", what)
 
 
 def sequential_speed(paths: list[Path]) -> float:

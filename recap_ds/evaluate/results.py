@@ -41,7 +41,7 @@ def open_held_out(
 
     Returns what reads them and their tasks. UsageError where they do not fit.
     """
-    shard_set = ShardSet.open(shards)
+    shard_set = ShardSet.open(shards, config.data)
     manifest = shard_set.manifest
     # The slots are those of training, whatever order or further cameras these shards have.
     data = config.data.model_copy(update={"cameras": config.data.cameras or contract.cameras})

@@ -73,3 +73,28 @@ def exclusive(path: Path, what: str, report: Callable[[str], None]) -> Iterator[
         yield
     finally:
         os.close(descriptor)
+
+
+def open_locked(path: Path, flags: int, kind: int) -> int:
+    """Open the file at ``path`` and wait for its lock (fcntl.LOCK_SH or LOCK_EX, with LOCK_NB not waiting).
+
+    Returns a descriptor of the file that is there once the lock is held: one that was removed or replaced meanwhile is
+    let go. Raises what open and flock raise, BlockingIOError where somebody else has it and LOCK_NB was asked for.
+    """
+    while True:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, kind)
+            if _is_at(path, descriptor):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -19,6 +19,7 @@ from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.assemble import Assembler
 from recap_ds.data.label_records import LabelRecord, LabelSettings, PrecisionName, ValuesRecord, check_tag
 from recap_ds.data.labels import label_problems, labels_folder, load_label_record, read_label_record, write_labels
+from recap_ds.data.remote import is_remote
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.data.sweep import SweepDataset
 from recap_ds.data.values import StoredValues, open_values, read_values, values_folder
@@ -78,6 +79,7 @@ def open_label_job(export: Path, shards: str, tag: str, overrides: Sequence[str]
     """Everything checked that needs no process group. UsageError where critic and shards do not fit."""
     check_tag(tag, "--tag")
     check_keys(overrides, OPEN_KEYS, "is settled by the critic")
+    _check_local(shards)
     policy, contract, tokenizer = load_pretrained(export, overrides=overrides)
     if contract is None:
         raise UsageError(f"--checkpoint {export}: was saved without a contract, so its units are not known")
@@ -173,6 +175,7 @@ def rethreshold(
     check_tag(tag, "--tag")
     check_tag(new_tag, "--new-tag")
     check_keys(overrides, ASSIGN_KEYS, "does not change labels of stored values")
+    _check_local(shards)
     shard_set = ShardSet.open(shards)
     old = read_label_record(shard_set, tag)
     settings = old.settings
@@ -189,6 +192,14 @@ def rethreshold(
         if load_label_record(shards, new_tag) is not None:
             raise UsageError(f"--new-tag {new_tag}: there are labels of that tag already; give another")
         return _make_labels(shard_set, stored, old.values_tag, new_tag, label_settings(config))
+
+
+def _check_local(shards: str | Path) -> None:
+    if is_remote(str(shards)):
+        raise UsageError(
+            f"{shards}: labels are written beside the shards, and these are remote; label a local copy, and upload its "
+            "folder labels/"
+        )
 
 
 def _make_labels(

@@ -25,6 +25,9 @@ FREE_KEYS = (
     "logging.",
     "evaluation.",
     "data.shards",  # its content is compared by the manifest's hash
+    "data.cache_folder",
+    "data.max_cache_gib",
+    "data.fetch_patience_seconds",
     "data.num_workers",
     "data.prefetch_batches",
     "data.max_damaged_fraction",

@@ -114,7 +114,7 @@ def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo)
     ds_config, precision = resolve_ds_config(ds_config, config, sizes, accelerator_is_cpu())
     if config.data.shards is None:
         raise UsageError("data.shards: name a folder of shards (recap-ds shards import makes one)")
-    shard_set = ShardSet.open(config.data.shards)
+    shard_set = ShardSet.open(config.data.shards, config.data)
     manifest = shard_set.manifest
     check_data_matches(config, manifest)
     tasks = list(manifest.tasks)

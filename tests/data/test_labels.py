@@ -22,8 +22,8 @@ def shard_set(tmp_path_factory) -> ShardSet:
     return mixed_set(tmp_path_factory.mktemp("sidecars"))
 
 
-def random_columns(num_samples: int) -> LabelColumns:
-    generator = np.random.default_rng(0)
+def random_columns(num_samples: int, seed: int = 0) -> LabelColumns:
+    generator = np.random.default_rng(seed)
     value, returns, advantage = generator.normal(size=(3, num_samples)).astype(np.float32)
     value[3] = returns[::7] = advantage[::5] = np.nan
     return LabelColumns(value, returns, advantage, generator.integers(0, 3, num_samples))
@@ -39,8 +39,8 @@ def label_record(values: ValuesRecord, sigma: dict[str, float | None]) -> LabelR
     )
 
 
-def write_random_labels(shard_set: ShardSet, tag: str) -> LabelColumns:
-    columns = random_columns(shard_set.num_samples)
+def write_random_labels(shard_set: ShardSet, tag: str, seed: int = 0) -> LabelColumns:
+    columns = random_columns(shard_set.num_samples, seed)
     write_labels(shard_set, tag, label_record(made_record(shard_set), {"cube": 0.25, "cup": None}), columns)
     return columns
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from recap_ds.batch import SOURCE_IDS
-from recap_ds.data import shard_set as module
+from recap_ds.data import shard_files
 from recap_ds.data.index import ShardIndex, read_samples
 from recap_ds.data.shard_set import DamagedSample, ShardSet
 from recap_ds.errors import UsageError
@@ -30,7 +30,7 @@ def test_every_row_and_every_member_is_what_the_tar_holds(tmp_path):
 
 
 def test_few_files_stay_open_and_a_copy_opens_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(shard_files, "MAX_OPEN_FILES", 2)
     shard_set = mixed_set(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     samples = list(range(0, shard_set.num_samples, 5))

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 
-from recap_ds.config import ModelConfig
+from recap_ds.config import DataConfig, ModelConfig
 from recap_ds.doctor import reading, storage, weights
 from recap_ds.envs.scripted import write_reach_shards
+from tests.data.shard_server import serve
 
 
 @pytest.fixture
@@ -70,25 +71,38 @@ def shards(tmp_path_factory):
 
 def test_shards_are_read_both_ways(shards, monkeypatch):
     monkeypatch.setattr(reading, "SLOW_SAMPLES_PER_SECOND", 0.0)
-    (found,) = reading.reading_findings(shards)
+    (found,) = reading.reading_findings(shards, DataConfig())
     assert found.level == "ok" and "MB/s in sequence" in found.what and "samples/s at random" in found.what
     monkeypatch.setattr(reading, "SLOW_SAMPLES_PER_SECOND", 1e12)
-    assert reading.reading_findings(shards)[0].level == "warn"
+    assert reading.reading_findings(shards, DataConfig())[0].level == "warn"
 
 
 def test_shards_that_are_absent_cut_or_damaged_fail(shards, tmp_path):
-    (absent,) = reading.reading_findings(tmp_path / "nowhere")
+    (absent,) = reading.reading_findings(tmp_path / "nowhere", DataConfig())
     assert absent.level == "fail" and "manifest.json: missing" in absent.what
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     tar = sorted(broken.glob("*.tar"))[0]
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-512])
-    (cut,) = reading.reading_findings(broken)
+    (cut,) = reading.reading_findings(broken, DataConfig())
     assert cut.level == "fail" and tar.name in cut.what and "the manifest says" in cut.what
     tar.write_bytes(bytes(len(whole)))
-    (zeroed,) = reading.reading_findings(broken)
+    (zeroed,) = reading.reading_findings(broken, DataConfig())
     assert zeroed.level == "fail" and "crc32" in zeroed.what and "shards verify" in zeroed.mend
+
+
+def test_remote_shards_are_fetched_once(shards, tmp_path):
+    with serve(shards) as server:
+        data = DataConfig(cache_folder=str(tmp_path))
+        first, second = (reading.reading_findings(server.url, data)[0] for _ in range(2))
+        assert first.level == second.level == "ok" and "one fetched at" in first.what and "cached" in second.what
+        largest = max(path.stat().st_size for path in shards.glob("*.tar")) / 2**30
+        (small,) = reading.reading_findings(server.url, data.model_copy(update={"max_cache_gib": 1.1 * largest}))
+        assert small.level == "warn" and "does not hold them all" in small.what
+        server.answers["manifest.json"] = 403
+        (refused,) = reading.reading_findings(server.url, data)
+        assert refused.level == "fail" and "403" in refused.what
 
 
 def test_weights_are_looked_for_and_never_fetched(tmp_path, monkeypatch):
