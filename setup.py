@@ -34,7 +34,16 @@ setup(
         "pusht": ["gym-pusht>=0.1.6,<0.2", "av>=14"],
         # The window in which a person corrects a policy.
         "keyboard": ["pygame>=2.5,<3"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6,<4", "ruff>=0.15,<0.18", "av>=14"],
+        # The policy server and its client.
+        "serve": ["websockets>=15,<18", "msgpack>=1.0.5,<2"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6,<4",
+            "ruff>=0.15,<0.18",
+            "av>=14",
+            "websockets>=15,<18",
+            "msgpack>=1.0.5,<2",
+        ],
     },
     entry_points={"console_scripts": ["recap-ds = recap_ds.cli.main:main"]},
 )

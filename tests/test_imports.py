@@ -39,11 +39,12 @@ ALLOWED = {
     "label": BASE | {"algo", "processing", "models", "data", "distributed", "checkpoint", "evaluate"},
     "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "plan"},
     "iterate": BASE | {"models", "data", "checkpoint", "label", "train"},
+    "serve": BASE | {"processing", "models"},
     "doctor": BASE | {"models", "data", "distributed"},
-    "bench": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "train"},
+    "bench": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "train"} | {"serve"},
     "cli": BASE
     | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"}
-    | {"iterate", "collect", "doctor", "plan", "bench"},
+    | {"iterate", "collect", "doctor", "plan", "bench", "serve"},
 }
 # The only modules, by the start of their name, that may import these. Pickle has no home.
 HOMES = {
@@ -56,6 +57,8 @@ HOMES = {
     "metaworld": ("recap_ds.envs.metaworld",),
     "gym_pusht": ("recap_ds.envs.pusht",),
     "gymnasium": ("recap_ds.envs.gymnasium",),
+    "websockets": ("recap_ds.serve.",),
+    "msgpack": ("recap_ds.serve.",),
     "pygame": ("recap_ds.rollout.window",),
     "pickle": (),
 }

@@ -43,11 +43,12 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, num_steps
     return x
 
 
-def guided_velocity(unconditional: Tensor, conditional: Tensor, guidance_beta: float) -> Tensor:
-    """v_u + guidance_beta * (v_c - v_u) (RECAP, Eq. 13); above 1 it leans further towards the positive branch."""
+def guided_velocity(unconditional: Tensor, conditional: Tensor, guidance_beta: Tensor) -> Tensor:
+    """v_u + guidance_beta * (v_c - v_u) (RECAP, Eq. 13); above 1 it leans further towards the conditional branch.
+
+    ``guidance_beta`` broadcasts: every sample may have its own.
+    """
+    guided = unconditional + guidance_beta * (conditional - unconditional)
     # Exact at the ends: u + (c - u) rounds, and beta 1 has to be the plain conditional policy bit for bit.
-    if guidance_beta == 1.0:
-        return conditional
-    if guidance_beta == 0.0:
-        return unconditional
-    return unconditional + guidance_beta * (conditional - unconditional)
+    guided = torch.where(guidance_beta == 1.0, conditional, guided)
+    return torch.where(guidance_beta == 0.0, unconditional, guided)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from recap_ds import __version__
-from recap_ds.cli import bench, checkpoints, collect, consolidate, doctor, iterate, labels, plan, shards, weights
+from recap_ds.cli import bench, checkpoints, collect, consolidate, doctor, iterate, labels, plan, serve, shards, weights
 from recap_ds.cli.errors import Parser, run_program
 
 
@@ -18,6 +18,7 @@ def build_parser() -> Parser:
     checkpoints.add_parser(verbs)
     iterate.add_parser(verbs)
     collect.add_parser(verbs)
+    serve.add_parser(verbs)
     weights.add_parser(verbs)
     doctor.add_parser(verbs)
     plan.add_parser(verbs)

@@ -74,12 +74,17 @@ def _sources(module: nn.Module) -> dict[str, TensorSource]:
     return {name: TensorSource.of(parameter.detach()) for name, parameter in module.named_parameters()}
 
 
-def load_export(policy_class: Callable[..., Policy], export: str | Path, overrides: Sequence[str] = ()) -> Policy:
+def load_export(
+    policy_class: Callable[..., Policy],
+    export: str | Path,
+    overrides: Sequence[str] = (),
+    revision: str | None = None,
+) -> Policy:
     """A policy on the CPU in eval mode, float32; ``overrides`` change settings that no weight depends on.
 
     Where critics were left out of the export, the policy has none: it acts, but cannot judge or train.
     """
-    folder = locate_export(export)
+    folder = locate_export(export, revision)
     record = ExportRecord.load(folder)
     if problems := file_problems(folder, record.files):
         raise UsageError(f"{folder}: {problems[0]}; copy or consolidate the export again")
@@ -101,15 +106,19 @@ def load_export(policy_class: Callable[..., Policy], export: str | Path, overrid
     return policy.eval()
 
 
-def locate_export(export: str | Path) -> Path:
-    """A folder, or a hub id, which is downloaded once into the hub's cache."""
+def locate_export(export: str | Path, revision: str | None = None) -> Path:
+    """A folder, or a hub id, which is downloaded once into the hub's cache; ``revision``: its branch, tag or commit."""
     folder = Path(export).expanduser()
     if folder.exists() or str(export).startswith((".", "/", "~")) or str(export).count("/") != 1:
+        if revision is not None:
+            raise UsageError(
+                f"{export}: is a folder, which has no revision '{revision}'; leave it out, or give a hub id"
+            )
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(export)))
+        return Path(snapshot_download(str(export), revision=revision))
     except Exception as error:  # the hub client raises many kinds; each becomes the same advice
         reason = str(error).split("\n")[0][:160]
         raise UsageError(f"{export}: is no folder and not to be had from the hub ({reason})") from None

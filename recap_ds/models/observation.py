@@ -33,7 +33,7 @@ class ObservationEncoder:
         for observation in observations:
             self._check_keys(observation)
         images = [[self._image(each, name) for name in self._contract.cameras] for each in observations]
-        states = np.stack([self._normalizer.state.normalize(self._state(each)) for each in observations])
+        states = np.stack([self._state(each) for each in observations])
         prompts = [each["prompt"] for each in observations]
         tokens, mask = encode_prompts(self._tokenizer, prompts, self._config.model.max_prompt_tokens)
         return Observation(
@@ -52,6 +52,7 @@ class ObservationEncoder:
             raise UsageError(f"prompt: expected text, got {observation['prompt']!r}")
 
     def _state(self, observation: Mapping[str, Any]) -> np.ndarray:
+        """[S], normalised."""
         expected = self._contract.state_dim
         try:
             state = np.asarray(observation["observation/state"], np.float32)
@@ -59,7 +60,11 @@ class ObservationEncoder:
             raise UsageError(f"observation/state: expected {expected} numbers") from None
         if state.shape != (expected,) or not np.isfinite(state).all():
             raise UsageError(f"observation/state: expected {expected} finite numbers, got shape {state.shape}")
-        return state
+        with np.errstate(over="ignore"):
+            normalized = self._normalizer.state.normalize(state)
+        if not np.isfinite(normalized).all():
+            raise UsageError(f"observation/state: up to {np.abs(state).max():.3g}, which is beyond any unit it was in")
+        return normalized
 
     def _image(self, observation: Mapping[str, Any], camera: str) -> np.ndarray:
         """[3, P, P] uint8."""

@@ -7,8 +7,9 @@ an engine nothing but ``engine(batch, ...)`` runs. The class is plain PyTorch: n
     B batch   H chunk   A action dims
 """
 
+import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from recap_ds.models.critic_stage import CriticParts, critic_evaluation, critic_
 from recap_ds.models.critics import Critic, QNetworks
 from recap_ds.models.experts import build_expert
 from recap_ds.models.export_weights import load_export, load_state, save_export, save_state
+from recap_ds.models.hub import Push, push_export
 from recap_ds.models.joint import Parts, joint_evaluation, joint_step
 from recap_ds.models.losses import (
     EvaluationOutput,
@@ -202,13 +204,14 @@ class PiStarRECAPPolicy(nn.Module):
         *,
         noise: Tensor | None = None,
         action_dim_mask: Tensor | None = None,
-        advantage: AdvantageName = "positive",
-        guidance_beta: float = 1.0,
+        advantage: AdvantageName | Sequence[AdvantageName] = "positive",
+        guidance_beta: float | Sequence[float] = 1.0,
         num_steps: int | None = None,
     ) -> Tensor:
         """Actions [B, H, A] in normalised units, from ``noise`` [B, H, A] (drawn if not given).
 
-        A policy of ``policy_extraction: weighted`` was trained without indicators: it acts without one, always.
+        ``advantage`` and ``guidance_beta`` hold for all rows, or are sequences with one for each. A policy of
+        ``policy_extraction: weighted`` was trained without indicators: it acts without one, always.
         """
         if self.config.training.stage == "critic":
             raise UsageError("a policy of stage critic judges and does not act; load one of stage policy or joint")
@@ -240,13 +243,19 @@ class PiStarRECAPPolicy(nn.Module):
     # -- files (formats: export_format.py, export_weights.py) ---------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, export: str | Path) -> "PiStarRECAPPolicy":
+    def from_pretrained(cls, export: str | Path, revision: str | None = None) -> "PiStarRECAPPolicy":
         """From an export folder or the hub id of one: on the CPU, float32, in eval mode, with its ``contract``."""
-        return load_export(cls, export)
+        return load_export(cls, export, revision=revision)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write an export, in float32."""
-        save_export(self, folder)
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write an export, in float32; ``overwrite`` replaces an older one."""
+        save_export(self, folder, overwrite=overwrite)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Push:
+        """Save an export and upload it; ``options`` are those of ``hub.push_export``, which takes one as it lies."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "export")
+            return push_export(Path(folder) / "export", repo_id, **options)
 
     def save_checkpoint(self, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
         """All parameters in one safetensors file, with ``metadata`` (JSON) in its header."""

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.models.export_format import TOKENIZER_NAME, ExportRecord
 from recap_ds.models.export_weights import load_export, locate_export, save_export
@@ -18,14 +20,21 @@ class Pretrained(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_pretrained(export: str | Path, overrides: Sequence[str] = ()) -> Pretrained:
-    """An export folder, or the hub id of one. ``overrides`` (section.key=value) change settings, not weights.
+def load_pretrained(export: str | Path, overrides: Sequence[str] = (), revision: str | None = None) -> Pretrained:
+    """An export folder, or the hub id of one and its ``revision`` (a branch, tag or commit).
+
+    ``overrides`` (section.key=value) change settings, not weights.
 
     Raises UsageError where the export is damaged, incomplete or of another format.
     """
-    folder = locate_export(export)
+    folder = locate_export(export, revision)
     policy = load_export(PiStarRECAPPolicy, folder, overrides)
     return Pretrained(policy, policy.contract, load_tokenizer(folder, policy.config))
+
+
+def acting_dtype(config: PiStarRECAPConfig, device: torch.device) -> torch.dtype:
+    """The precision of training; on a CPU float32, as bfloat16 is ten times slower there."""
+    return torch.bfloat16 if config.training.use_amp and device.type != "cpu" else torch.float32
 
 
 def load_tokenizer(folder: Path, config: PiStarRECAPConfig) -> Tokenizer:

@@ -21,7 +21,7 @@ from recap_ds.errors import UsageError
 from recap_ds.models.inference_value import predict_values
 from recap_ds.models.observation import ObservationEncoder
 from recap_ds.models.policy import PiStarRECAPPolicy
-from recap_ds.models.pretrained import Pretrained, load_pretrained
+from recap_ds.models.pretrained import Pretrained, acting_dtype, load_pretrained
 from recap_ds.models.sampling import AdvantageName
 from recap_ds.processing.contract import RobotContract
 from recap_ds.processing.normalize import Normalizer
@@ -78,9 +78,7 @@ class Actor:
         self._judge = judge
 
     def to(self, device: torch.device) -> None:
-        """In the precision of training there: bfloat16 is ten times slower than float32 on a CPU."""
-        use_amp = self._policy.config.training.use_amp and device.type != "cpu"
-        dtype = torch.bfloat16 if use_amp else torch.float32
+        dtype = acting_dtype(self._policy.config, device)
         if device.type == "cpu":
             # A sum split over threads rounds by their number, which falls as ranks are added.
             torch.set_num_threads(1)

@@ -187,10 +187,16 @@ def test_a_hub_id_is_downloaded_and_a_failure_is_one_line(export, monkeypatch):
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: asked.append(name) or str(export))
-    assert load_pretrained("someone/policy").contract == CONTRACT and asked == ["someone/policy"]
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, revision: asked.append((name, revision)) or str(export)
+    )
+    assert load_pretrained("someone/policy").contract == CONTRACT
+    assert PiStarRECAPPolicy.from_pretrained("someone/policy", revision="v2").contract == CONTRACT
+    assert asked == [("someone/policy", None), ("someone/policy", "v2")]
+    with pytest.raises(UsageError, match="is a folder, which has no revision 'v2'"):
+        load_pretrained(export, revision="v2")
 
-    def offline(name):
+    def offline(name, revision):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)

@@ -7,6 +7,7 @@ import torch
 from recap_ds.batch import Observation
 from recap_ds.errors import UsageError
 from recap_ds.models.policy import PiStarRECAPPolicy
+from recap_ds.models.pretrained import acting_dtype
 from recap_ds.models.robot import RobotPolicy
 from recap_ds.processing.contract import RobotContract, TaskContract
 from recap_ds.processing.normalize import Affine, Normalizer
@@ -69,6 +70,26 @@ def test_seed_indicator_and_guidance_reach_the_action(robot):
         assert np.abs(chunk - robot.predict_chunk(observation(), **other)).max() > 1e-4, other
 
 
+def test_requests_share_a_forward_and_not_their_answers(robot):
+    told = [{"seed": 1}, {"seed": 2, "advantage": None}, {"seed": 3, "advantage": "negative", "guidance_beta": 2.0}]
+    seen = [observation(), observation(prompt="push it"), observation(**{"observation/state": np.zeros(3)})]
+    passes = []
+    hook = robot._policy.vlm.register_forward_hook(lambda module, args, output: passes.append(len(output.hidden)))
+    together = robot.predict_chunks([robot.request(what, **options) for what, options in zip(seen, told, strict=True)])
+    hook.remove()
+    assert passes == [3]
+    for chunk, what, options in zip(together, seen, told, strict=True):
+        np.testing.assert_allclose(chunk, robot.predict_chunk(what, **options), rtol=1e-4, atol=1e-5)
+
+
+def test_the_precision_is_that_of_training_and_float32_on_a_cpu(robot):
+    assert robot.dtype == torch.float32
+    device = torch.device("cuda")
+    assert acting_dtype(tiny_config(training={"use_amp": True}), device) == torch.bfloat16
+    assert acting_dtype(tiny_config(training={"use_amp": False}), device) == torch.float32
+    assert acting_dtype(tiny_config(training={"use_amp": True}), torch.device("cpu")) == torch.float32
+
+
 def test_act_walks_through_one_chunk(robot):
     robot.reset()
     length = robot._policy.config.chunk_size
@@ -87,6 +108,7 @@ def test_act_walks_through_one_chunk(robot):
         ({"observation/state": np.array([0.0, np.nan, 0.0])}, "expected 3 finite numbers"),
         ({"observation/front": np.zeros((48, 64, 3))}, "observation/front: expected uint8"),
         ({"observation/front": np.zeros((48, 64), np.uint8)}, "observation/front: expected uint8"),
+        ({"observation/state": np.full(3, 3e38)}, r"observation/state: up to 3e\+38, which is beyond any unit"),
         ({"observation/state": "abc"}, "observation/state: expected 3 numbers"),
         ({"observation/front": np.zeros((0, 64, 3), np.uint8)}, "observation/front: expected uint8"),
         ({"prompt": None}, "prompt: expected text"),
@@ -98,7 +120,10 @@ def test_what_does_not_fit_is_refused(robot, changes, said):
         robot.predict_chunk(observation(**changes))
 
 
-@pytest.mark.parametrize("options", [{"advantage": "postive"}, {"guidance_beta": float("nan")}])
+@pytest.mark.parametrize(
+    "options",
+    [{"advantage": "postive"}, {"guidance_beta": float("nan")}, {"guidance_beta": "2"}, {"seed": -1}, {"seed": 0.5}],
+)
 def test_wrong_options_are_refused(robot, options):
     with pytest.raises(UsageError, match=next(iter(options))):
         robot.predict_chunk(observation(), **options)

@@ -70,6 +70,22 @@ def test_the_ends_of_guidance_are_the_branches_bit_for_bit(expert):
     assert passes == [1] * 2 * NUM_STEPS  # the other branch is not even computed
 
 
+@torch.no_grad()
+def test_every_row_may_have_its_own_guidance(expert):
+    told = ((None, 3.0), ("negative", 1.0), ("positive", 2.5))
+    together = sample_actions(expert, *inputs(), [each[0] for each in told], [each[1] for each in told], NUM_STEPS)
+    for row, (advantage, guidance_beta) in enumerate(told):
+        alone = sample(expert, advantage, guidance_beta)[row]
+        torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_without_guidance_need_no_second_branch(expert):
+    passes = []
+    expert.register_forward_hook(lambda module, args, output: passes.append(output.shape[1]))
+    sample(expert, ["positive", None, "negative"], [1.0, 2.0, 0.0])
+    assert passes == [1] * NUM_STEPS
+
+
 def test_the_branches_differ(expert):
     none, negative, positive = (sample(expert, advantage, 1.0) for advantage in (None, "negative", "positive"))
     assert not torch.allclose(none, positive, atol=1e-3)

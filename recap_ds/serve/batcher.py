@@ -1,0 +1,84 @@
+"""Many clients, one model: what waits while the model computes goes into its next forward together.
+
+Nobody waits for company: an idle model starts at once. One thread computes, so the event loop keeps answering pings.
+"""
+
+import asyncio
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from recap_ds.models.robot import ChunkRequest
+
+Predict = Callable[[Sequence[ChunkRequest]], list[np.ndarray]]
+
+
+class Answer(NamedTuple):
+    actions: np.ndarray  # [H, A]
+    wait_seconds: float  # for the model
+    infer_seconds: float  # of the forward
+    batch_size: int  # requests in it
+
+
+class _Waiting(NamedTuple):
+    request: ChunkRequest
+    answer: asyncio.Future[Answer]
+    since: float
+
+
+class Batcher:
+    """``async with Batcher(...) as batcher``; at its end the running forward is finished."""
+
+    def __init__(self, predict: Predict, max_batch: int):
+        self._predict, self._max_batch = predict, max_batch
+        self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+
+    async def __aenter__(self) -> "Batcher":
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self._thread.shutdown()
+
+    async def ask(self, request: ChunkRequest) -> Answer:
+        """Raises what the model raised for this request."""
+        waiting = _Waiting(request, self._loop.create_future(), time.perf_counter())
+        self._waiting.put_nowait(waiting)
+        return await waiting.answer
+
+    async def _run(self) -> None:
+        while True:
+            batch = [await self._waiting.get()]
+            while len(batch) < self._max_batch and not self._waiting.empty():
+                batch.append(self._waiting.get_nowait())
+            # Whoever has left, or was told to, needs no answer.
+            await self._answer([each for each in batch if not each.answer.done()])
+
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        if not batch:
+            return
+        begin = time.perf_counter()
+        try:
+            chunks = await self._loop.run_in_executor(self._thread, self._predict, [each.request for each in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                traceback.print_exception(error)  # ours or the machine's: requests were checked before
+                if not batch[0].answer.done():
+                    batch[0].answer.set_exception(error)
+                return
+            # One by one: a request that breaks the model, or is one too many for its memory, harms nobody else.
+            for each in batch:
+                await self._answer([each])
+            return
+        infer_seconds = time.perf_counter() - begin
+        for each, actions in zip(batch, chunks, strict=True):
+            if not each.answer.done():
+                each.answer.set_result(Answer(actions, begin - each.since, infer_seconds, len(batch)))
