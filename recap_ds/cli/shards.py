@@ -1,10 +1,13 @@
-"""``recap-ds shards make | import | index | show | verify``: build, index, look into and check shard folders."""
+"""``recap-ds shards make | import | index | show | verify``: build, index, look into and check shard folders.
+
+``merge``, ``split`` and ``stats`` stand in ``shards_manage.py``.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from recap_ds.cli import shards_import
+from recap_ds.cli import shards_import, shards_manage
 from recap_ds.cli.numbers import count, seed
 from recap_ds.errors import UsageError
 
@@ -12,7 +15,7 @@ from recap_ds.errors import UsageError
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("shards", help="build, import, index, show and verify shard folders")
+    parser = subparsers.add_parser("shards", help="build, import, index, show, verify, merge and split shard folders")
     verbs = parser.add_subparsers(dest="shards_verb", required=True, metavar="VERB")
 
     make = verbs.add_parser("make", help="write a small shard folder of the built-in reach task")
@@ -39,6 +42,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     verify.add_argument("--jobs", type=count, default=1)
     verify.add_argument("--cache-folder", metavar="FOLDER", help="where remote shards are kept: data.cache_folder")
     verify.set_defaults(run=run_verify)
+
+    shards_manage.add_parser(verbs)
 
 
 def run_make(args: argparse.Namespace) -> int:

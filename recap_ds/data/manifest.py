@@ -120,9 +120,16 @@ class Manifest(_Part):
             ) from None
 
 
-def check_agreement(folder: str | Path, old: Manifest, new: dict[str, object]) -> None:
+def check_agreement(
+    folder: str | Path,
+    old: Manifest,
+    new: dict[str, object],
+    where: str | Path = "here",
+    mend: str = "import into another folder",
+) -> None:
     """``new``: keys of the manifest -> values of what is to join ``old``. UsageError names the first that differs."""
     for key, now in new.items():
         before = getattr(old, key)
         if before != now:
-            raise UsageError(f"{folder}: {key} is {before!r} there but {now!r} here; import into another folder")
+            place = where if where == "here" else f"in {where}"
+            raise UsageError(f"{folder}: {key} is {before!r} there but {now!r} {place}; {mend}")

@@ -102,6 +102,13 @@ class FeatureStats(BaseModel):
     def num_dims(self) -> int:
         return len(self.mean)
 
+    def quantile(self, fraction: float) -> tuple[float, ...]:
+        """Of any fraction in [0, 1], as exact as the histogram's bins."""
+        return tuple(
+            min(max(part.quantile(fraction), low), high)
+            for part, low, high in zip(self.histograms, self.min, self.max, strict=True)
+        )
+
     @classmethod
     def of(cls, values: np.ndarray) -> "FeatureStats":
         """``values`` [n, D], finite, n > 0."""

@@ -108,11 +108,12 @@ def _report_done(manifest: Manifest, record: ImportRecord) -> WriteReport:
 def sample_key(episode: str, frame: int) -> str:
     """Unique over all data sets, without dots or slashes: ``reach_demo-000003-00017``."""
     dataset, _, index = episode.partition("/")
-    number = f"{int(index):06d}" if index.isdecimal() and index.isascii() else _slug(index)
-    return f"{_slug(dataset)}-{number}-{frame:05d}"
+    number = f"{int(index):06d}" if index.isdecimal() and index.isascii() else slug(index)
+    return f"{slug(dataset)}-{number}-{frame:05d}"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """``name`` without dots, slashes and blanks: for keys and folders."""
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
     # A name that had to change gets a checksum, so that "a.b" and "a_b" stay apart.
     return plain if plain == name else f"{plain}_{zlib.crc32(name.encode()):08x}"
