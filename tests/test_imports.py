@@ -42,9 +42,11 @@ ALLOWED = {
     "serve": BASE | {"processing", "models"},
     "doctor": BASE | {"models", "data", "distributed"},
     "bench": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "train"} | {"serve"},
+    # It reads what all the others leave behind.
+    "report": BASE | {"sections", "algo", "data", "checkpoint", "evaluate", "train"},
     "cli": BASE
     | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"}
-    | {"iterate", "collect", "doctor", "plan", "bench", "serve"},
+    | {"iterate", "collect", "doctor", "plan", "bench", "serve", "report"},
 }
 # The only modules, by the start of their name, that may import these. Pickle has no home.
 HOMES = {

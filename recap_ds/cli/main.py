@@ -4,7 +4,20 @@ import sys
 from collections.abc import Sequence
 
 from recap_ds import __version__
-from recap_ds.cli import bench, checkpoints, collect, consolidate, doctor, iterate, labels, plan, serve, shards, weights
+from recap_ds.cli import (
+    bench,
+    checkpoints,
+    collect,
+    consolidate,
+    doctor,
+    iterate,
+    labels,
+    plan,
+    report,
+    serve,
+    shards,
+    weights,
+)
 from recap_ds.cli.errors import Parser, run_program
 
 
@@ -23,6 +36,7 @@ def build_parser() -> Parser:
     doctor.add_parser(verbs)
     plan.add_parser(verbs)
     bench.add_parser(verbs)
+    report.add_parser(verbs)
     return parser
 
 

@@ -15,6 +15,7 @@ from recap_ds.algo.advantage import INDICATOR_IDS
 from recap_ds.batch import OUTCOME_IDS, SOURCE_IDS
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.baseline import MeanActions
+from recap_ds.evaluate.distributions import calibration, histograms_by_task
 from recap_ds.evaluate.records import Records
 from recap_ds.evaluate.statistics import rank_correlation, separation
 from recap_ds.processing.normalize import Normalizer
@@ -47,6 +48,11 @@ def summarise(
         "q_values": _distribution(records.q[td]) if has_q else None,
         "v_values": _distribution(records.v) if records.v is not None else None,
         "advantages": _distribution((records.q - records.v)[td]) if has_q else None,
+        "advantage_histograms": histograms_by_task(
+            (records.q - records.v)[td], records.task[td], records.source[td], tasks
+        )
+        if has_q
+        else None,
         "num_samples": len(records.task),
         "flow_loss": None if acting_loss is None else _flow_losses(records, config, acting_loss),
         "actions": None if acting_loss is None else action_errors(records, normalizer, constant),
@@ -163,7 +169,7 @@ def _action_error(records: Records, keep: np.ndarray, normalizer: Normalizer, co
 def _values(records: Records, config: PiStarRECAPConfig, tasks: list[str]) -> dict[str, Any]:
     """``value_figures`` over all samples and per task; with the likelihood of the return where V is a distribution."""
 
-    def figures(keep: np.ndarray) -> dict[str, float | int | None]:
+    def figures(keep: np.ndarray) -> dict[str, Any]:
         distributional = config.value.critic == "distributional"
         nll = _mean_of(records.v_loss, keep & records.mc_valid) if distributional else None
         return {**value_figures(records, keep), "nll": nll}
@@ -174,7 +180,7 @@ def _values(records: Records, config: PiStarRECAPConfig, tasks: list[str]) -> di
     }
 
 
-def value_figures(records: Records, keep: np.ndarray) -> dict[str, float | int | None]:
+def value_figures(records: Records, keep: np.ndarray) -> dict[str, Any]:
     """How V orders and measures the samples of ``keep`` [N] against their Monte-Carlo returns."""
     keep = keep & records.mc_valid
     v, returns, shuffled = records.v[keep], records.mc_return[keep], records.v_shuffled[keep]
@@ -188,6 +194,7 @@ def value_figures(records: Records, keep: np.ndarray) -> dict[str, float | int |
         "rank_correlation": rank_correlation(v, returns),
         "separation": separation(v[success], v[~success]),
         "shuffled_image_gap": _shuffled_image_gap(np.abs(v - returns), np.abs(shuffled - returns)),
+        "calibration": calibration(v, returns),
     }
 
 

@@ -218,6 +218,9 @@ def test_distributions_are_of_samples_with_a_td_target():
     assert result["v_values"]["p50"] == pytest.approx(np.median(records.v))
     assert result["num_samples"] == 12
     assert result["value"]["tasks"]["cup"] == {**value_figures(records, records.task == 1), "nll": None}
+    bars = [part["counts"] for of_task in result["advantage_histograms"].values() for part in of_task.values()]
+    assert sum(map(sum, bars)) == td.sum()
+    assert sum(group["num_samples"] for group in result["value"]["all"]["calibration"]) == records.mc_valid.sum()
 
 
 def test_figures_without_data_are_none_and_leave_no_metric():
