@@ -28,7 +28,11 @@ _OPEN_KEYS = (
 def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> PiStarRECAPConfig:
     """Defaults < ``recipe`` < ``overrides``. Raises UsageError naming the key, its place and the mend."""
     values = read_recipe(recipe) if recipe is not None else {}
-    where = str(recipe) if recipe is not None else "the command line"
+    return parse_config(values, overrides, str(recipe) if recipe is not None else "the command line")
+
+
+def parse_config(values: dict, overrides: Sequence[str], where: str) -> PiStarRECAPConfig:
+    """Defaults < ``values``, which come from ``where``, < ``overrides``."""
     _check_keys(values, PiStarRECAPConfig, where)
     for text in overrides:
         _apply_override(values, text)

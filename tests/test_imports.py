@@ -27,6 +27,7 @@ ALLOWED = {
     "algo": {"config", "batch", "errors"},
     "models": BASE | {"algo", "processing"},
     "data": BASE | {"algo", "processing"},
+    "weights": BASE | {"algo", "processing", "models"},
     "envs": BASE | {"algo", "data", "processing"},
     "distributed": BASE,
     "checkpoint": BASE | {"distributed", "models", "processing"},
@@ -46,7 +47,7 @@ ALLOWED = {
     "report": BASE | {"sections", "algo", "data", "checkpoint", "evaluate", "train"},
     "cli": BASE
     | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"}
-    | {"iterate", "collect", "doctor", "plan", "bench", "serve", "report"},
+    | {"iterate", "collect", "doctor", "plan", "bench", "serve", "report", "weights"},
 }
 # The only modules, by the start of their name, that may import these. Pickle has no home.
 HOMES = {

@@ -37,6 +37,9 @@ def _introduction(record: ExportRecord) -> str:
     if record.vlm_is_plain_transformers is None:
         return "A LoRA adapter in peft's format, of a policy trained with recap_ds (RECAP, arXiv 2511.14759)."
     parts = ", ".join(head.replace("_", " ") for head in record.heads)
+    if record.provenance.imported_from is not None:
+        what = f"a VLM and {parts}" if parts else "a VLM"
+        return f"Published weights in the form of recap_ds: {what}, in {record.dtype}. Nothing of it was trained here."
     return (
         f"A vision-language-action model trained with recap_ds (RECAP, arXiv 2511.14759): a VLM and {parts}, "
         f"in {record.dtype}. Adapter: {record.adapter}."
@@ -87,6 +90,7 @@ def _provenance(record: ExportRecord, contents: ExportContents) -> str:
     source = record.provenance
     rows = {
         "run": source.run,
+        "imported from": source.imported_from,
         "step": source.step,
         "weights": {"ema": "average over training (EMA)", "raw": "of the last step"}.get(source.weights or ""),
         "checkpoint": source.format and f"{source.format} files, {source.world or 'unknown'} ranks",

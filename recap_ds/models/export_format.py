@@ -8,6 +8,8 @@
     vlm/                         a plain transformers PaliGemma folder
     adapter/                     peft's own format, where there are LoRA matrices that were not merged
     tokenizer/                   where the VLM has one; the tiny VLM reads bytes
+    published.json unread.safetensors    of weights that others published (``recap_ds/weights``): in what form they
+                                 were, and those of their tensors that nothing here reads
 
 What they are is here; ``export_write.py`` writes them.
 """
@@ -40,6 +42,7 @@ VLM_INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_NAME = "adapter"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 TOKENIZER_NAME = "tokenizer"
+PUBLISHED_NAME, UNREAD_NAME = "published.json", "unread.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -70,6 +73,7 @@ class Provenance(BaseModel):
     weights: WeightsName | None = None
     format: Literal["recap_ds", "deepspeed"] | None = None  # of the checkpoint's files
     world: int | None = None  # ranks that wrote it
+    imported_from: str | None = None  # whose published weights they are: a folder or hub id
     # Of its state.json, which has the checksum of every other file; DeepSpeed's own has none.
     checkpoint_sha256: str | None = None
 
@@ -120,6 +124,8 @@ class ExportContents:
     adapter_is_merged: bool = False
     tokenizer_files: Sequence[Path] = field(default_factory=tuple)
     results: Results | None = None  # for the model card
+    published: Mapping[str, Any] | None = None  # JSON; with it ``unread``, in the dtypes they have
+    unread: Sources = field(default_factory=dict)
 
 
 def stored_name(name: str) -> str:

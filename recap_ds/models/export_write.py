@@ -27,7 +27,9 @@ from recap_ds.models.export_format import (
     CONFIG_NAME,
     DEFAULT_MAX_SHARD_BYTES,
     EXPORT_NAME,
+    PUBLISHED_NAME,
     TOKENIZER_NAME,
+    UNREAD_NAME,
     VLM_CONFIG_NAME,
     VLM_INDEX_NAME,
     VLM_NAME,
@@ -123,6 +125,9 @@ def _write_files(folder: Path, contents: ExportContents, max_shard_bytes: int) -
     if contents.tokenizer_files:
         copies = _copy_files(folder / TOKENIZER_NAME, contents.tokenizer_files)
         files |= _write_folder(folder, TOKENIZER_NAME, copies)
+    if contents.published is not None:
+        files[PUBLISHED_NAME] = write_text(folder / PUBLISHED_NAME, json.dumps(contents.published, indent=1) + "\n")
+        files[UNREAD_NAME] = write_tensor_file(folder / UNREAD_NAME, contents.unread)
     return ExportRecord(
         provenance=contents.provenance,
         dtype=contents.dtype,

@@ -102,17 +102,22 @@ def model_name(stored: str) -> str | None:
     return None if _IGNORED.search(stored) else stored
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint: those of its index, or model.safetensors, or all there are."""
+def weight_files(folder: Path, key: str = "model.vlm_model_name") -> list[Path]:
+    """The safetensors files that make up a checkpoint: those of its index, or model.safetensors, or all there are.
+
+    ``key``: what named the folder, for the message.
+    """
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / name for name in names]
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"{key}: {index} is no index of safetensors files; copy it again") from None
     else:
         files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     absent = [file.name for file in files if not file.is_file()]
     if absent or not files:
-        raise UsageError(f"model.vlm_model_name: {folder} lacks {absent[0] if absent else 'any .safetensors file'}")
+        raise UsageError(f"{key}: {folder} lacks {absent[0] if absent else 'any .safetensors file'}")
     return files
 
 

@@ -11,68 +11,21 @@ from safetensors.torch import load_file, save_file
 from recap_ds.batch import Observation
 from recap_ds.cli.main import main
 from recap_ds.errors import UsageError
-from recap_ds.models.building import Builder
-from recap_ds.models.pi_joint import PiDimensions, PiJointExpert
-from recap_ds.models.pi_parity import measure
-from recap_ds.models.vlm import build_paligemma
+from recap_ds.weights.parity import measure
 from tests.models.pi_one_pass import one_pass_velocity
+from tests.weights.made_published import (
+    ACTIONS,
+    CHUNK,
+    SIDE,
+    STATES,
+    STEPS,
+    config_of,
+    published,
+    random_modules,
+)
 
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "pi05_fixture"
-TOWER = {"depth": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
-BATCH, CHUNK, ACTIONS, STATES, STEPS, TOKENS = 3, 5, 7, 4, 3, 6
-
-
-def config_of(version):
-    return {
-        "type": version,
-        "text": {"width": 20, "mlp_dim": 28, "vocab_size": 60, **TOWER},
-        "expert": {"width": 12, "mlp_dim": 22, "adarms": version == "pi05", **TOWER},
-        "vision": {
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "patch_size": 4,
-            "image_size": 8,
-            "projection_dim": 20,
-        },
-        "chunk_size": CHUNK,
-        "max_action_dim": ACTIONS,
-        "max_state_dim": STATES,
-        "num_inference_steps": STEPS,
-        "num_cameras": 3,
-    }
-
-
-def random_modules(version):
-    from transformers import PaliGemmaConfig
-
-    config = config_of(version)
-    text, expert = config["text"], config["expert"]
-    vlm_config = PaliGemmaConfig(
-        text_config={
-            "model_type": "gemma",
-            "hidden_size": text["width"],
-            "intermediate_size": text["mlp_dim"],
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 6,
-            "vocab_size": 60,
-        },
-        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **config["vision"]},
-        projection_dim=20,
-        image_token_index=59,
-    )
-    dims = PiDimensions(version, expert["width"], expert["mlp_dim"], 2, 4, 2, 6, 10_000.0)
-    modules = build_paligemma(vlm_config, Builder()).eval(), PiJointExpert(dims, STATES, ACTIONS).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in modules:
-            for name, parameter in module.named_parameters():
-                scale = 0.0 if name == "indicator_in.weight" else 0.25
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return modules
+BATCH, TOKENS = 3, 6
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "pi05_fixture"
 
 
 @torch.no_grad()
@@ -81,7 +34,7 @@ def write_reference(folder, version):
     paligemma, expert = random_modules(version)
     generator = torch.Generator().manual_seed(1)
     actions, noise = torch.randn(2, BATCH, CHUNK, ACTIONS, generator=generator)
-    pixels = torch.rand(BATCH, 3, 3, 8, 8, generator=generator) * 2 - 1
+    pixels = torch.rand(BATCH, 3, 3, SIDE, SIDE, generator=generator) * 2 - 1
     time = torch.tensor([0.05, 0.5, 1.0])
     tokens = torch.randint(0, 60, (BATCH, TOKENS), generator=generator)
     token_mask = torch.arange(TOKENS) < torch.tensor([[6], [2], [4]])
@@ -105,19 +58,6 @@ def write_reference(folder, version):
     return folder
 
 
-def published(paligemma, expert):
-    towers = "model.paligemma_with_expert."
-    tensors = {f"{towers}gemma_expert.lm_head.weight": torch.zeros(60, 12)}
-    for name, value in paligemma.state_dict().items():
-        spelled = name.replace("vision_tower.", "vision_tower.vision_model.")
-        tensors[f"{towers}paligemma.model.{spelled}"] = value
-    for name, value in expert.state_dict().items():
-        inside = name.startswith(("layers.", "norm."))
-        if name != "indicator_in.weight":
-            tensors[f"{towers}gemma_expert.model.{name}" if inside else f"model.{name}"] = value
-    return tensors
-
-
 @pytest.mark.parametrize("version", ["pi05", "pi0"])
 def test_it_agrees_with_the_one_pass_form(tmp_path, capsys, version):
     write_reference(tmp_path, version)
@@ -127,9 +67,9 @@ def test_it_agrees_with_the_one_pass_form(tmp_path, capsys, version):
     assert max(report["max_abs_error"].values()) < 2e-5
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the reference made with LeRobot is not beside this checkout")
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference made with LeRobot is not beside this checkout")
 def test_it_agrees_with_lerobot(capsys):
-    assert main(["weights", "parity", str(PUBLISHED)]) == 0
+    assert main(["weights", "parity", str(REFERENCE)]) == 0
     assert max(json.loads(capsys.readouterr().out)["max_abs_error"].values()) < 2e-5
 
 
