@@ -1,4 +1,4 @@
-"""The sharded counterpart of ``models.building.Builder``: same three verbs, every rank keeps only its shard."""
+"""The sharded counterpart of ``models.building.Builder``: same verbs, every rank keeps only its shard."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from recap_ds.distributed.build import param_is_sharded, sharded_build
 from recap_ds.distributed.tiles import local_shard, local_span, write_local_shard
+from recap_ds.files.tensor_reader import FileTensor
 
 
 class ShardedBuilder:
@@ -31,6 +32,13 @@ class ShardedBuilder:
             return
         start, length = local_span(parameter)
         write_local_shard(parameter, value.reshape(-1)[start : start + length])
+
+    def write_from_file(self, parameter: nn.Parameter, value: FileTensor) -> None:
+        """Like ``write``; a rank reads its own slice and nothing else, so that all of them read a file once."""
+        if not param_is_sharded(parameter):
+            self.write(parameter, value.whole())
+            return
+        write_local_shard(parameter, value.read(*local_span(parameter)))
 
     def copy(self, source: nn.Module, target: nn.Module) -> None:
         """Shard to shard: parameters of the same shape are cut in the same places."""

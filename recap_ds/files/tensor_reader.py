@@ -7,6 +7,7 @@ process. Here it is the caller's to keep or to drop.
 import json
 import os
 import weakref
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +56,16 @@ class StoredTensor(NamedTuple):
     offset: int  # of the first value, in bytes from the start of the file
 
 
+class FileTensor(NamedTuple):
+    """A tensor that is still in its file."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]  # (start, length) of the flattened values
+
+    def whole(self) -> Tensor:
+        return self.read(0, torch.Size(self.shape).numel()).view(self.shape)
+
+
 class TensorFileReader:
     """Any range of any tensor of a safetensors file; UsageError where it is none or is cut off."""
 
@@ -71,9 +82,8 @@ class TensorFileReader:
         assert start >= 0 and start + length <= torch.Size(stored.shape).numel(), (name, start, length)
         return self._file.read(stored.offset + start * stored.dtype.itemsize, length, stored.dtype)
 
-    def read_whole(self, name: str) -> Tensor:
-        shape = self.tensors[name].shape
-        return self.read(name, 0, torch.Size(shape).numel()).view(shape)
+    def tensor(self, name: str) -> FileTensor:
+        return FileTensor(self.tensors[name].shape, partial(self.read, name))
 
     def source(self, name: str) -> TensorSource:
         stored = self.tensors[name]
@@ -91,6 +101,8 @@ def _parse_header(descriptor: int) -> tuple[dict[str, str], dict[str, StoredTens
     metadata = header.pop("__metadata__", {})
     tensors = {}
     for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"'{name}' is {entry['dtype']}, which is not read here")
         shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
         first, end = entry["data_offsets"]
         if end - first != torch.Size(shape).numel() * dtype.itemsize or not 0 <= first <= end <= file_bytes - begin:

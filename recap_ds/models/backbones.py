@@ -28,24 +28,26 @@ def build_vlm(config: PiStarRECAPConfig, builder: Builder, folder: str | None) -
     return VisionLanguageModel(config.model, config.lora, builder, seed, folder, with_keys)
 
 
-def check_vlm(config: PiStarRECAPConfig) -> None:
-    """UsageError where the VLM's folder does not hold what the run needs; quick, and before any process group."""
-    folder = locate_vlm(config.vlm_source)
+def check_vlm(config: PiStarRECAPConfig, start: Path | None = None) -> None:
+    """UsageError where the VLM's folder does not hold what the run needs; quick, and before any process group.
+
+    ``start``: the folder of the VLM that the run begins with (``training.start_from``) in place of the settings', which
+    need not be there then. A critic's own is compared with them: its tokenizer is that of the settings.
+    """
     if config.has_own_backbone:
-        _rehearsed(config, folder)
+        _check_own(config, start)
         return
+    folder = start or locate_vlm(config.vlm_source)
     image_size = config.model.image_size
     architecture = tiny_config(image_size) if folder is None else load_vlm_config(folder, image_size)
     if needs_keys(config):
         pi_dimensions(config.model, architecture.text_config)
 
 
-def check_start_vlm(config: PiStarRECAPConfig, start: Path) -> None:
-    """UsageError where a critic's own VLM would begin as another one: its tokenizer is that of the settings."""
-    if not config.has_own_backbone:
-        return
+def _check_own(config: PiStarRECAPConfig, start: Path | None) -> None:
     folder = locate_vlm(config.vlm_source)
-    if _rehearsed(config, start).shapes != _rehearsed(config, folder).shapes:
+    rehearsal = _rehearsed(config, folder)
+    if start is not None and _rehearsed(config, start).shapes != rehearsal.shapes:
         raise UsageError(f"training.start_from: {start} holds another model than value.vlm_model_name, {folder}")
 
 

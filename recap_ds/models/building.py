@@ -11,6 +11,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from recap_ds.files.tensor_reader import FileTensor
+from recap_ds.files.tensors import PIECE_ELEMENTS
+
 
 class Builder:
     """Plain PyTorch: whole parameters on one device."""
@@ -26,6 +29,14 @@ class Builder:
         """Set a whole parameter from a tensor of its full shape, casting to its dtype."""
         with torch.no_grad():
             parameter.copy_(value)
+
+    def write_from_file(self, parameter: nn.Parameter, value: FileTensor) -> None:
+        """Like ``write``; no more is read than is kept here, and a piece at a time."""
+        with torch.no_grad():
+            flat = parameter.view(-1)
+            for start in range(0, flat.numel(), PIECE_ELEMENTS):
+                piece = flat[start : start + PIECE_ELEMENTS]
+                piece.copy_(value.read(start, piece.numel()))
 
     def copy(self, source: nn.Module, target: nn.Module) -> None:
         """Make ``target``'s parameters equal to ``source``'s, right after both were built."""
@@ -58,7 +69,7 @@ class MetaBuilder(Builder):
         assert value.shape == parameter.shape, (value.shape, parameter.shape)
 
 
-def fill(module: nn.Module, values: Iterator[tuple[str, Tensor]], builder: Builder) -> None:
+def fill(module: nn.Module, values: Iterator[tuple[str, Tensor | FileTensor]], builder: Builder) -> None:
     """Write ``values`` into the parameters they name: every parameter exactly once, shapes equal.
 
     Raises ValueError naming what is missing, unknown or of another shape; nothing is loaded "best case". Values are
@@ -76,7 +87,10 @@ def fill(module: nn.Module, values: Iterator[tuple[str, Tensor]], builder: Build
             raise ValueError(f"tensor '{name}' has shape {tuple(value.shape)}, the model needs {expected}")
         if name not in missing:
             raise ValueError(f"tensor '{name}' appears twice")
-        builder.write(parameters[name], value)
+        if isinstance(value, FileTensor):
+            builder.write_from_file(parameters[name], value)
+        else:
+            builder.write(parameters[name], value)
         missing.discard(name)
     if missing:
         raise ValueError(f"no tensor for {len(missing)} parameters, the first is '{min(missing)}'")

@@ -166,4 +166,7 @@ def split_adapter(sources: Sources) -> tuple[dict[str, TensorSource], dict[str, 
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    """Of a VLM's folder; that of an export has them beside it."""
+    beside = folder.parent / TOKENIZER_NAME
+    where = beside if folder.name == VLM_NAME and beside.is_dir() else folder
+    return [where / name for name in TOKENIZER_FILES if (where / name).is_file()]

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.files.records import file_problems
-from recap_ds.files.tensor_reader import TensorFileReader
+from recap_ds.files.tensor_reader import FileTensor, TensorFileReader
 from recap_ds.files.tensors import TensorSource, write_tensor_file
 from recap_ds.models.backbones import names_in_files
 from recap_ds.models.building import Builder, fill
@@ -138,21 +138,21 @@ def fill_adapter(paligemma: nn.Module, export: Path, builder: Builder) -> None:
     """The adapter's matrices from the export's."""
     file = export / ADAPTER_NAME / ADAPTER_WEIGHTS_NAME
     params = {peft_name(name): param for name, param in paligemma.named_parameters() if is_adapter(name)}
-    stored = dict(_tensors(file))  # small, unlike the rest
+    stored = dict(_tensors(file))
     for name in sorted(params.keys() ^ stored.keys()):
         raise UsageError(f"{file}: {'lacks' if name in params else 'has no use for'} '{name}'")
     for name, param in params.items():
         wanted = tuple(builder.full_shape(param))
-        if wanted != tuple(stored[name].shape):
-            raise UsageError(f"{file}: '{name}' is {tuple(stored[name].shape)}, the model needs {wanted}")
-        builder.write(param, stored[name])
+        if wanted != stored[name].shape:
+            raise UsageError(f"{file}: '{name}' is {stored[name].shape}, the model needs {wanted}")
+        builder.write_from_file(param, stored[name])
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one at a time; what is no safetensors file is a UsageError."""
+def _tensors(file: Path) -> Iterator[tuple[str, FileTensor]]:
+    """What is no safetensors file is a UsageError."""
     reader = TensorFileReader(file)
     for name in reader.tensors:
-        yield name, reader.read_whole(name)
+        yield name, reader.tensor(name)
 
 
 def folder_sources(folder: Path, read_name: Callable[[str], str | None]) -> dict[str, TensorSource]:

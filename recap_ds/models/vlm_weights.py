@@ -1,7 +1,8 @@
 """Where the VLM's tensors come from: a checkpoint folder, or a seed.
 
-Both yield ``(name inside PaliGemmaModel, whole tensor)`` one at a time, so that a sharded model of any size is filled
-without holding more than one tensor, with values that depend on neither world size nor construction order.
+Both yield ``(name inside PaliGemmaModel, tensor)`` one at a time, so that a sharded model of any size is filled without
+holding more than one tensor, with values that depend on neither world size nor construction order. A tensor of a folder
+is still in its file: whoever keeps a part of it reads that part.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from recap_ds.config import VlmSource
 from recap_ds.errors import UsageError
+from recap_ds.files.tensor_reader import FileTensor, TensorFileReader
 from recap_ds.models.building import Builder
 
 # transformers has spelled PaliGemma's modules in several ways; all of them are read.
@@ -76,23 +78,20 @@ def load_vlm_config(folder: Path, image_size: int):
 
 def checkpoint_tensors(
     folder: Path, read_name: Callable[[str], str | None] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Every model tensor of a folder's safetensors files, mapped lazily from disk.
+) -> Iterator[tuple[str, FileTensor]]:
+    """Every model tensor of a folder's safetensors files, none of them read yet.
 
     ``read_name`` is ``model_name``, PaliGemma's, unless another architecture brings its own.
     """
-    from safetensors import SafetensorError, safe_open
-
     for file in weight_files(folder):
         try:
-            reader = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise UsageError(f"model.vlm_model_name: {file} is damaged ({error}); copy it again") from None
-        with reader:
-            for stored in reader.keys():  # noqa: SIM118 - safe_open is no mapping
-                name = (read_name or model_name)(stored)
-                if name is not None:
-                    yield name, reader.get_tensor(stored)
+            reader = TensorFileReader(file)
+        except UsageError as error:
+            raise UsageError(f"model.vlm_model_name: {error}; copy it again") from None
+        for stored in reader.tensors:
+            name = (read_name or model_name)(stored)
+            if name is not None:
+                yield name, reader.tensor(stored)
 
 
 def model_name(stored: str) -> str | None:

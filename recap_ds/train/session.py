@@ -31,11 +31,12 @@ from recap_ds.distributed.runtime import RankInfo, Runtime, accelerator_is_cpu, 
 from recap_ds.distributed.shadows import Shadow
 from recap_ds.distributed.sharded_builder import ShardedBuilder
 from recap_ds.errors import RunStopped, UsageError
-from recap_ds.models.backbones import check_start_vlm, check_vlm
+from recap_ds.models.backbones import check_vlm
 from recap_ds.models.policy import PiStarRECAPPolicy
+from recap_ds.models.pretrained import load_tokenizer
 from recap_ds.processing.contract import RobotContract, TaskContract
 from recap_ds.processing.normalize import Normalizer
-from recap_ds.processing.tokens import build_tokenizer
+from recap_ds.processing.tokens import Tokenizer, build_tokenizer
 from recap_ds.train.run_folder import RunFolder
 from recap_ds.train.spikes import SpikeGuard
 from recap_ds.train.stopping import StopRequests
@@ -119,19 +120,24 @@ def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo)
     check_data_matches(config, manifest)
     tasks = list(manifest.tasks)
     scale = value_scale(config.value, {name: task.longest for name, task in manifest.tasks.items()}, tasks)
-    check_vlm(config)
     run = RunFolder(config)
     labels = open_labels(config, shard_set)
     run.check_continues(config, sizes.total, manifest.content_hash(), hash_of(labels))
+    start = find_start(config, info)
+    check_vlm(config, None if start is None else start.vlm)
     normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
-    tokenizer = build_tokenizer(config.vlm_source.name, config.vlm_source.revision, config.has_own_backbone)
+    tokenizer = _tokenizer(config, start)
     assembler = Assembler(shard_set, config, tokenizer, normalizer, scale, labels)
     dataset = TransitionDataset(assembler, config, sizes.total, damage_log=run.damaged)
     contract = _contract(config, shard_set, normalizer, scale)
-    start = find_start(config, info)
-    if start is not None:
-        check_start_vlm(config, start.vlm)
     return Plan(config, info, sizes, ds_config, precision, run, dataset, normalizer, contract, tasks, start)
+
+
+def _tokenizer(config: PiStarRECAPConfig, start: StartPoint | None) -> Tokenizer:
+    """That of the VLM the run begins with; of a critic's own backbone, that of the settings."""
+    if start is None or config.has_own_backbone:
+        return build_tokenizer(config.vlm_source.name, config.vlm_source.revision, config.has_own_backbone)
+    return load_tokenizer(start.export, config)
 
 
 def hash_of(labels: LabelSet | None) -> str | None:

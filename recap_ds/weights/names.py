@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from recap_ds.errors import UsageError
+from recap_ds.files.tensor_reader import FileTensor, TensorFileReader
 from recap_ds.models.building import Builder, fill
 from recap_ds.models.pi_joint import PiJointExpert
 from recap_ds.models.vlm_weights import model_name
@@ -65,25 +65,25 @@ def published_expert_name(place: str) -> str:
 
 
 def load_pi_weights(file: Path, paligemma: nn.Module, expert: PiJointExpert, builder: Builder) -> None:
-    """Every tensor of ``file`` into its place, one in memory at a time."""
+    """Every tensor of ``file`` into its place."""
+    reader = TensorFileReader(file)
+    names = pi_names(list(reader.tensors))
+
+    def tensors(names: Mapping[str, str]) -> Iterator[tuple[str, FileTensor]]:
+        for place, stored in names.items():
+            yield place, reader.tensor(stored)
+
     try:
-        with safe_open(file, framework="pt") as reader:
-            names = pi_names(list(reader.keys()))
-
-            def tensors(names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-                for place, stored in names.items():
-                    yield place, reader.get_tensor(stored)
-
-            fill(paligemma, tensors(names.vlm), builder)
-            fill(expert, _with_indicator(tensors(names.expert), expert, builder), builder)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{file}: cannot be read ({error})") from None
+        fill(paligemma, tensors(names.vlm), builder)
+        fill(expert, _with_indicator(tensors(names.expert), expert, builder), builder)
+    except UsageError:
+        raise
     except ValueError as error:
         raise UsageError(f"{file}: does not hold this model: {error}") from None
 
 
 def _with_indicator(
-    values: Iterator[tuple[str, Tensor]], expert: PiJointExpert, builder: Builder
-) -> Iterator[tuple[str, Tensor]]:
+    values: Iterator[tuple[str, FileTensor]], expert: PiJointExpert, builder: Builder
+) -> Iterator[tuple[str, Tensor | FileTensor]]:
     yield from values
     yield UNPUBLISHED, torch.zeros(builder.full_shape(expert.get_parameter(UNPUBLISHED)))

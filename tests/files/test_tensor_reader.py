@@ -30,7 +30,7 @@ def test_it_reads_what_safetensors_wrote(file):
     reader = TensorFileReader(file)
     assert reader.metadata == {"a": "b"} and reader.tensors.keys() == VALUES.keys()
     for name, expected in VALUES.items():
-        found = reader.read_whole(name)
+        found = reader.tensor(name).whole()
         assert found.dtype == expected.dtype and torch.equal(found, expected), name
     assert reader.read("matrix", 3, 6).tolist() == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
     assert reader.read("half", 2, 1).tolist() == [3.0]
@@ -45,13 +45,13 @@ def test_pieces_of_any_size_make_up_the_tensor(file, tmp_path, monkeypatch, piec
     assert all(torch.equal(sources[name].read(), expected) for name, expected in VALUES.items())
     write_tensor_file(tmp_path / "copy", {name: source.cast(torch.float32) for name, source in sources.items()})
     copy = TensorFileReader(tmp_path / "copy")
-    assert all(torch.equal(copy.read_whole(name), expected.float()) for name, expected in VALUES.items())
+    assert all(torch.equal(copy.tensor(name).whole(), expected.float()) for name, expected in VALUES.items())
 
 
 def test_a_file_that_was_deleted_is_read_to_its_end(file):
     reader = TensorFileReader(file)
     file.unlink()
-    assert torch.equal(reader.read_whole("matrix"), VALUES["matrix"])
+    assert torch.equal(reader.tensor("matrix").whole(), VALUES["matrix"])
     with pytest.raises(UsageError, match=r"x\.safetensors: cannot be read \(No such file"):
         TensorFileReader(file)
 
@@ -60,7 +60,7 @@ def test_a_file_that_shrinks_while_it_is_read(file):
     reader = TensorFileReader(file)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UsageError, match="it ends too early"):
-        reader.read_whole("matrix")
+        reader.tensor("matrix").whole()
 
 
 def header(**entries):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from recap_ds.errors import UsageError
-from recap_ds.models.backbones import check_start_vlm, check_vlm
+from recap_ds.models.backbones import check_vlm
 from recap_ds.models.building import Builder
 from recap_ds.models.inference_value import predict_values
 from recap_ds.models.own_backbone import OwnBackbone
@@ -287,6 +287,6 @@ def test_a_name_that_is_nowhere_says_which_key(tmp_path):
 
 def test_a_run_starts_from_the_same_model_alone(models):
     config = own_config(models["llava"][0])
-    check_start_vlm(config, models["llava"][0])
+    check_vlm(config, models["llava"][0])
     with pytest.raises(UsageError, match=r"^training.start_from: .*internvl holds another model than value.vlm_model"):
-        check_start_vlm(config, models["internvl"][0])
+        check_vlm(config, models["internvl"][0])
