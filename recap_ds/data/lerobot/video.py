@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from recap_ds.errors import UsageError
 
@@ -37,7 +38,7 @@ def read_video_frames(path: str, seconds: list[float], tolerance_seconds: float,
                     f"{path}: frames are {frame.height}x{frame.width}, meta/info.json says {height}x{width}; "
                     f"correct its shape there"
                 )
-            frames[row] = frame.to_ndarray(format="rgb24")
+            frames[row] = video.as_rgb(frame)
     except av.FFmpegError as error:
         raise UsageError(f"{path}: not decodable ({error.strerror}); copy or re-encode the file") from error
     return frames
@@ -61,6 +62,12 @@ class _Video:
         self._stream.codec_context.thread_count = 1
         self._decoder: Iterator[av.VideoFrame] = iter(())
         self._held: av.VideoFrame | None = None
+        # Kept from frame to frame: a frame's own conversion sets the scaler up anew, which costs more than converting.
+        self._reformatter = VideoReformatter()
+
+    def as_rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        """uint8 [height, width, 3]."""
+        return self._reformatter.reformat(frame, format="rgb24").to_ndarray()
 
     def frame_at(self, seconds: float, tolerance_seconds: float) -> av.VideoFrame:
         ahead_seconds = -1.0 if self._held is None else seconds + tolerance_seconds - self._held.time
