@@ -19,9 +19,10 @@ import numpy as np
 
 from recap_ds.data.index import SampleRecord, parse_record
 from recap_ds.data.manifest import MANIFEST_NAME, Manifest
+from recap_ds.data.npy import npy_array, npy_bytes
 from recap_ds.data.rebuild import rebuild
 from recap_ds.data.shard_set import ShardSet
-from recap_ds.data.tar import TarWriter, npy_array, npy_bytes
+from recap_ds.data.tar import TarWriter
 
 # What stays with the frame: where it is and what it earns. Everything else is what it shows.
 KEPT = ("json", "rewards.npy")

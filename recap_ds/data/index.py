@@ -10,7 +10,6 @@ import io
 import json
 import re
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from recap_ds.batch import CONTROL_IDS, OUTCOME_IDS, SOURCE_IDS
 from recap_ds.config import SourceName
+from recap_ds.data.npy import npz_arrays
 from recap_ds.errors import UsageError
 from recap_ds.files.atomic import write_file
 
@@ -111,21 +111,50 @@ class ShardIndex:
     def load(cls, path: str | Path) -> "ShardIndex":
         mend = "rebuild it with 'recap-ds shards index FOLDER'"
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                if int(stored["version"]) != INDEX_VERSION:
-                    raise UsageError(f"{path}: index version {int(stored['version'])}, not {INDEX_VERSION}; {mend}")
-                index = cls(**{field.name: stored[field.name] for field in fields(cls)})
-        except UsageError:
-            raise
+            stored = npz_arrays(Path(path))
         except FileNotFoundError:
             raise UsageError(f"{path}: missing; {mend}") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError) as error:
             raise UsageError(f"{path}: damaged ({error}); {mend}") from None
+        version = stored.pop("version", None)
+        if version is None or version.tolist() != INDEX_VERSION:
+            raise UsageError(f"{path}: index version {version}, not {INDEX_VERSION}; {mend}")
+        if stored.keys() != {field.name for field in fields(cls)}:
+            raise UsageError(f"{path}: damaged (it holds other arrays); {mend}")
+        index = cls(**stored)
         rows = [getattr(index, field.name) for field in fields(cls) if field.name not in _TABLE_FIELDS]
         table = (index.num_samples, len(index.suffixes))
         if {len(column) for column in rows} != {table[0]} or {index.offsets.shape, index.sizes.shape} != {table}:
             raise UsageError(f"{path}: damaged (its arrays disagree in shape); {mend}")
+        if not index._is_possible():
+            raise UsageError(f"{path}: damaged (it holds impossible numbers); {mend}")
         return index
+
+    def _is_possible(self) -> bool:
+        """Nothing here is trusted to be in a table or in memory; whether it is true, each sample's crc32 tells."""
+        names = (self.keys, *(getattr(self, name) for name in _TABLE_FIELDS))
+        numbers = [getattr(self, field.name) for field in fields(self) if field.name not in ("keys", *_TABLE_FIELDS)]
+        if any(column.dtype.kind != "U" for column in names) or any(array.dtype.kind not in "iu" for array in numbers):
+            return False
+        if self.num_samples == 0:
+            return True
+        is_there = self.sizes >= 0
+        ids = (
+            (self.task, len(self.tasks)),
+            (self.episode, len(self.episodes)),
+            (self.source, len(SOURCE_IDS)),
+            (self.outcome, len(OUTCOME_IDS)),
+            (self.control, len(CONTROL_IDS)),
+        )
+        counts = (self.frame, self.num_valid, self.next_offset, self.episode_length)
+        return (
+            all(column.min() >= 0 and column.max() < length for column, length in ids)
+            and all(column.min() >= 0 and column.max() < 2**31 for column in counts)
+            and bool(is_there.any(axis=1).all() and (is_there == (self.offsets >= 0)).all())
+            and len(self.suffixes) <= MAX_MEMBERS_PER_SAMPLE
+            and int(self.sizes.max()) <= MAX_MEMBER_BYTES
+            and int(self.offsets.max()) < 2**62
+        )
 
 
 _TABLE_FIELDS = ("suffixes", "tasks", "episodes")
@@ -225,7 +254,10 @@ def _read_members(path: Path) -> Iterator[tuple[str, str, tuple[int, int], bytes
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise UsageError(f"{path}: cut short or damaged at byte {tar.offset}; copy the shard again")
-    except (OSError, tarfile.TarError) as error:
+    except UsageError:
+        raise
+    # The last two: tarfile asks for as many bytes as a header of a long name claims.
+    except (OSError, tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         raise UsageError(f"{path}: not a readable plain tar ({error})") from None
 
 

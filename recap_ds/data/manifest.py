@@ -1,6 +1,7 @@
-"""``manifest.json`` of a shard folder: what is in it, its statistics, and every shard's size and sha256.
+"""``manifest.json`` of a shard folder: what is in it, its statistics, every shard's size and sha256.
 
-It is written last and atomically, so a folder is what its manifest says: tars it does not list are no part of the data.
+It has a checksum of its own, and is written last and atomically, so a folder is what its manifest says: tars it does
+not list are no part of the data.
 Counts are derived from the shard indices alone; W = action_width, the stored width of an action chunk.
 """
 
@@ -75,10 +76,11 @@ class Manifest(_Part):
 
     def content_hash(self) -> str:
         """sha256 of the canonical JSON: what checkpoints and labels record."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), separators=(",", ":")).encode()).hexdigest()
+        return _checksum(self.model_dump(mode="json"))
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        values = self.model_dump(mode="json")
+        return json.dumps({"sha256": _checksum(values), **values}, indent=1) + "\n"
 
     def save(self, folder: str | Path) -> None:
         write_file(Path(folder) / MANIFEST_NAME, self.to_json().encode())
@@ -110,14 +112,25 @@ class Manifest(_Part):
             newer = isinstance(version, int) and version > SCHEMA_VERSION
             mend = "update recap_ds" if newer else f"rebuild it with 'recap-ds shards index {folder}'"
             raise UsageError(f"{path}: schema_version is {version!r}, this program reads {SCHEMA_VERSION}; {mend}")
+        written = values.pop("sha256", None)  # manifests of earlier versions have none
         try:
-            return cls.model_validate(values)
+            manifest = cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise UsageError(
                 f"{path}: {place}: {first['msg']}; rebuild it with 'recap-ds shards index {folder}'"
             ) from None
+        if written is not None and written != _checksum(values):
+            raise UsageError(
+                f"{path}: was changed or damaged (its checksum differs); copy it again, or rebuild it with "
+                f"'recap-ds shards index {folder}'"
+            )
+        return manifest
+
+
+def _checksum(values: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
 
 
 def check_agreement(

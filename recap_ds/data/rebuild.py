@@ -16,10 +16,11 @@ import numpy as np
 from recap_ds.config import SOURCES
 from recap_ds.data.index import SHARD_NAME, IndexBuilder, SampleRecord, ShardIndex, members_crc, read_samples
 from recap_ds.data.manifest import Manifest, ShardEntry
+from recap_ds.data.npy import npy_array
 from recap_ds.data.staging import locked
 from recap_ds.data.stats import FeatureStats
 from recap_ds.data.survey import count_sources, count_tasks
-from recap_ds.data.tar import file_sha256, npy_array
+from recap_ds.data.tar import file_sha256
 from recap_ds.errors import UsageError
 from recap_ds.processing.images import decode_jpeg
 

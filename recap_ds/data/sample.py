@@ -12,8 +12,8 @@ import numpy as np
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.manifest import Manifest
+from recap_ds.data.npy import npy_array
 from recap_ds.data.shard_set import ShardSet
-from recap_ds.data.tar import npy_array
 from recap_ds.errors import UsageError
 from recap_ds.processing.images import decode_jpeg, resize_with_padding
 from recap_ds.processing.normalize import Normalizer

@@ -1,42 +1,12 @@
 """Reproducible tars: the same samples give the same bytes, with index and sha256 made while writing."""
 
 import hashlib
-import io
-import math
 import os
 import tarfile
-import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from recap_ds.data.index import IndexBuilder, SampleRecord, ShardIndex, members_crc
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def npy_array(data: bytes) -> np.ndarray:
-    """The other way. ValueError for anything but one whole plain array; never unpickles, never trusts a size."""
-    buffer = io.BytesIO(data)
-    version = np.lib.format.read_magic(buffer)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"npy version {version} is not read here")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    try:
-        shape, fortran_order, dtype = read_header(buffer)
-    except (SyntaxError, tokenize.TokenError, TypeError, RecursionError) as error:
-        raise ValueError(f"damaged npy header ({error})") from None
-    if dtype.hasobject:
-        raise ValueError("an object array would need pickle")
-    if math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():
-        raise ValueError(f"{len(data) - buffer.tell()} bytes of data for shape {list(shape)} of {dtype}")
-    flat = np.frombuffer(data, dtype=dtype, offset=buffer.tell())
-    return flat.reshape(shape, order="F" if fortran_order else "C")
 
 
 def file_sha256(path: Path) -> str:

@@ -20,10 +20,11 @@ from recap_ds.data.cache import ShardCache
 from recap_ds.data.fetch import FileLost
 from recap_ds.data.index import SampleRecord, ShardIndex, build_index, members_crc, parse_record
 from recap_ds.data.manifest import Manifest, ShardEntry
+from recap_ds.data.npy import npy_array
 from recap_ds.data.remote import is_remote
 from recap_ds.data.remote_set import RemoteSet
 from recap_ds.data.survey import count_sources
-from recap_ds.data.tar import file_sha256, npy_array
+from recap_ds.data.tar import file_sha256
 from recap_ds.errors import UsageError
 from recap_ds.processing.images import decode_jpeg
 

@@ -23,11 +23,12 @@ from recap_ds.data.imports import ImportJob, ImportRecord, is_the_same, record_i
 from recap_ds.data.index import SampleRecord, ShardIndex
 from recap_ds.data.intake import Intake, StoredFormat, Take, check_format
 from recap_ds.data.manifest import Manifest, ShardEntry
+from recap_ds.data.npy import npy_bytes
 from recap_ds.data.spool import Spool, spool_episodes
 from recap_ds.data.staging import Staging, open_staging
 from recap_ds.data.stats import FeatureStats
 from recap_ds.data.survey import count_sources, count_tasks
-from recap_ds.data.tar import TarWriter, npy_bytes
+from recap_ds.data.tar import TarWriter
 from recap_ds.errors import UsageError
 
 # phase ("episodes" spooled or "samples" written), how many so far, of how many (None = not known).

@@ -8,7 +8,7 @@ import numpy as np
 
 from recap_ds.data.episodes import Episode
 from recap_ds.data.index import SampleRecord, read_samples
-from recap_ds.data.tar import npy_array
+from recap_ds.data.npy import npy_array
 from recap_ds.data.writer import WriteReport, write_shards
 
 

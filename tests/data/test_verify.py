@@ -5,7 +5,8 @@ import pytest
 
 from recap_ds.data.index import SampleRecord, ShardIndex
 from recap_ds.data.manifest import Manifest
-from recap_ds.data.tar import TarWriter, npy_array, npy_bytes
+from recap_ds.data.npy import npy_array, npy_bytes
+from recap_ds.data.tar import TarWriter
 from recap_ds.data.verify import sample_faults, verify_shards
 from recap_ds.processing.images import encode_jpeg
 from tests.data.made_episodes import made_episode, read_back, write
