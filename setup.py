@@ -45,6 +45,7 @@ setup(
             "av>=14",
             "websockets>=15,<18",
             "msgpack>=1.0.5,<2",
+            "hypothesis>=6.100,<7",
         ],
     },
     entry_points={"console_scripts": ["recap-ds = recap_ds.cli.main:main"]},

@@ -37,7 +37,8 @@ class TransitionBatch(NamedTuple):
     actions: Tensor  # [B, H, A] float32
     action_valid: Tensor  # [B, H] bool, True = before the episode ends or control changes hands
     action_dim_mask: Tensor  # [B, A] bool, True = a dim the robot has
-    # TD window of k = td_steps frames. next_observation is o_{t+k}; zeros where continues is 0.
+    # TD window of k = td_steps frames. next_observation is o_{t+k}; zeros where continues is 0. A stage without TD
+    # gets no images of it, [B, 0, 3, P, P].
     next_observation: Observation
     td_valid: Tensor  # [B] bool, False = no TD target exists (k = 0)
     td_action_valid: Tensor  # [B, H] bool, True = inside the window: what Q is shown

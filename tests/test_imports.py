@@ -52,7 +52,7 @@ ALLOWED = {
 # The only modules, by the start of their name, that may import these. Pickle has no home.
 HOMES = {
     "deepspeed": ("recap_ds.distributed.",),
-    "webdataset": ("recap_ds.data.",),
+    "webdataset": ("recap_ds.data.", "recap_ds.bench.plain_pipeline"),
     "wandb": ("recap_ds.train.logbook",),
     "pyarrow": ("recap_ds.data.",),
     "av": ("recap_ds.data.lerobot.", "recap_ds.evaluate.video"),

@@ -10,6 +10,8 @@ from recap_ds.cli.sizes import parse_bytes, parse_count
 MIN_PARAMETERS, MAX_PARAMETERS = 10**6, 10**11
 MAX_REPEATS = 100
 MAX_RANKS = 64
+MAX_WORKERS = 64
+MAX_BATCH = 4096
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -18,6 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_consolidate(benches)
     add_resume(benches)
     add_step(benches)
+    add_loader(benches)
 
 
 def add_consolidate(benches: argparse._SubParsersAction) -> None:
@@ -92,6 +95,44 @@ def run_step(args: argparse.Namespace) -> int:
     from recap_ds.bench.step import bench_step, table  # torch takes a second
 
     figures = bench_step(args.config, args.overrides, args.deepspeed, num_ranks, num_repeats)
+    print("\n".join(table(figures)), file=sys.stderr)
+    print(json.dumps(figures))
+    return 0
+
+
+def add_loader(benches: argparse._SubParsersAction) -> None:
+    parser = benches.add_parser(
+        "loader",
+        help="samples per second beside webdataset's plain pipeline; first batch, memory and bytes of a large set",
+        description="Both loaders in turns on the same shards, with the same decoding; the time to the first batch at "
+        "step 0 and 1,000,000; memory of a worker for an index of many samples; what a node of four reads per epoch "
+        "with one and with four lanes. A table on stderr.",
+    )
+    parser.add_argument("--shards", type=Path, metavar="FOLDER", help="(default: some of the built-in task are made)")
+    parser.add_argument(
+        "--image-size", default="224", metavar="PX", help="of shards that are made (default: %(default)s)"
+    )
+    parser.add_argument("--batch", default="32", metavar="N", help="samples (default: %(default)s)")
+    parser.add_argument("--workers", default="2", metavar="N", help="of each loader (default: %(default)s)")
+    parser.add_argument("--batches", default="30", metavar="N", help="in each round (default: %(default)s)")
+    parser.add_argument("--repeats", default="5", metavar="N", help="medians over so many (default: %(default)s)")
+    parser.add_argument("--index-samples", default="10M", metavar="N", help="of the large index (default: %(default)s)")
+    parser.set_defaults(run=run_loader)
+
+
+def run_loader(args: argparse.Namespace) -> int:
+    settings = {
+        "shards": args.shards,
+        "image_size": parse_count("--image-size", args.image_size, 16, 4096),
+        "batch_size": parse_count("--batch", args.batch, 1, MAX_BATCH),
+        "num_workers": parse_count("--workers", args.workers, 1, MAX_WORKERS),
+        "num_batches": parse_count("--batches", args.batches, 1, 10**6),
+        "num_repeats": parse_count("--repeats", args.repeats, 1, MAX_REPEATS),
+        "num_index_samples": parse_count("--index-samples", args.index_samples, 10**5, 10**9),
+    }
+    from recap_ds.bench.loader import Settings, bench_loader, table  # torch takes a second
+
+    figures = bench_loader(Settings(**settings))
     print("\n".join(table(figures)), file=sys.stderr)
     print(json.dumps(figures))
     return 0

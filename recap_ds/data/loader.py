@@ -20,6 +20,7 @@ from recap_ds.config import BatchSizes, PiStarRECAPConfig
 from recap_ds.data.assemble import Assembler, BatchDraws
 from recap_ds.data.draws import training_draws
 from recap_ds.data.order import SampleOrder
+from recap_ds.data.packing import PackedBatch, pack, unpack
 from recap_ds.data.parts import training_parts
 from recap_ds.data.sample import SampleArrays
 from recap_ds.data.shard_set import DamagedSample
@@ -119,7 +120,7 @@ class BatchLoader(DataLoader):
         for item in super().__iter__():
             if isinstance(item, UsageError | RunFailed):
                 raise item
-            yield item
+            yield unpack(item) if isinstance(item, PackedBatch) else item
 
 
 def build_train_loader(
@@ -140,7 +141,7 @@ def build_train_loader(
     return BatchLoader(
         dataset,
         batch_sampler=SlotBatches(start_slot, num_steps, sizes, rank),
-        collate_fn=_as_it_is,
+        collate_fn=_to_send if config.data.num_workers else _as_it_is,
         pin_memory=pin_memory,
         **options,
     )
@@ -148,3 +149,7 @@ def build_train_loader(
 
 def _as_it_is(batch: TransitionBatch) -> TransitionBatch:
     return batch
+
+
+def _to_send(item: TransitionBatch | UsageError) -> PackedBatch | UsageError:
+    return pack(item) if isinstance(item, TransitionBatch) else item

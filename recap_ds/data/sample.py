@@ -20,9 +20,9 @@ from recap_ds.processing.normalize import Normalizer
 
 
 class View(NamedTuple):
-    """What one moment looks like; the zeros of ``SampleDecoder.blank_view`` where there is none."""
+    """What one moment looks like; zeros where there is none."""
 
-    images: np.ndarray  # [C, 3, P, P] uint8
+    images: np.ndarray  # [C, 3, P, P] uint8; of the next moment [0, 3, P, P] in a stage without TD
     camera_mask: np.ndarray  # [C] bool, True = the camera is there
     state: np.ndarray  # [S] float32, normalised
 
@@ -48,33 +48,36 @@ class SampleDecoder:
         self._image_size = config.model.image_size
         self._chunk_size = config.chunk_size
         self._reads_rewards = config.value.reward == "environment"
+        # A stage without TD never looks at next observations, and zeros of them would be half of every batch's bytes.
+        self._num_next_cameras = len(self.cameras) if config.learns_by_td else 0
 
     def read(self, shard_set: ShardSet, sample: int, needs_next: bool) -> SampleArrays:
         """Raises DamagedSample. ``needs_next``: the TD target reads the next observation."""
         members = shard_set.read_members(sample)
         try:
-            return self._decode(members, int(shard_set.table.num_valid[sample]), needs_next)
+            return self.decode(members, int(shard_set.table.num_valid[sample]), needs_next)
         except _WrongMember as error:
             raise shard_set.damaged(sample, str(error)) from None
 
     def blank(self) -> SampleArrays:
         """Stands where a batch has a row without a sample."""
         actions = np.zeros((self._chunk_size, self._normalizer.actions.width), np.float32)
-        return SampleArrays(self.blank_view(), self.blank_view(), actions, self._no_rewards())
+        now, later = (self._blank_view(number) for number in (len(self.cameras), self._num_next_cameras))
+        return SampleArrays(now, later, actions, self._no_rewards())
 
-    def blank_view(self) -> View:
+    def _blank_view(self, num_cameras: int) -> View:
         side = self._image_size
-        images = np.zeros((len(self.cameras), 3, side, side), np.uint8)
-        return View(images, np.zeros(len(self.cameras), bool), np.zeros(self._normalizer.state.width, np.float32))
+        images = np.zeros((num_cameras, 3, side, side), np.uint8)
+        return View(images, np.zeros(num_cameras, bool), np.zeros(self._normalizer.state.width, np.float32))
 
-    def _decode(self, members: dict[str, bytes], num_valid: int, needs_next: bool) -> SampleArrays:
+    def decode(self, members: dict[str, bytes], num_valid: int, needs_next: bool) -> SampleArrays:
         manifest = self._manifest
         actions = self._normalizer.actions.normalize(
             _array(members, "actions.npy", (manifest.action_width, manifest.action_dim))[: self._chunk_size]
         )
         actions[num_valid:] = 0
         view = self._view(members, state="state.npy", picture="jpg")
-        next_view = self.blank_view()
+        next_view = self._blank_view(self._num_next_cameras)
         if needs_next:
             next_view = self._view(members, state="next_state.npy", picture="next.jpg")
             if (next_view.camera_mask != view.camera_mask).any():
@@ -85,7 +88,7 @@ class SampleDecoder:
         return SampleArrays(view, next_view, actions, rewards)
 
     def _view(self, members: dict[str, bytes], state: str, picture: str) -> View:
-        view = self.blank_view()
+        view = self._blank_view(len(self.cameras))
         for slot, camera in enumerate(self.cameras):
             name = f"{camera}.{picture}"
             if name not in members:

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from recap_ds.batch import CONTROL_IDS, NUM_AUGMENTATION_DRAWS, OUTCOME_IDS, SOURCE_IDS
+from recap_ds.data import sample
 from recap_ds.data.assemble import Assembler, BatchDraws
 from recap_ds.data.labels import LabelSet
 from recap_ds.data.sample import check_data_matches
 from recap_ds.errors import UsageError
+from recap_ds.processing.images import decode_jpeg
 from recap_ds.processing.normalize import Affine, Normalizer
 from recap_ds.processing.tokens import ByteTokenizer, encode_prompts
 from tests.data.tiny_shards import flat_episode, scale_of, tiny_config, write_tiny
@@ -170,6 +172,19 @@ def test_a_takeover_is_charged_to_every_frame_before_it_and_to_the_window_that_e
     check_close(charged.chunk_reward[:1], free.chunk_reward[:1].tolist())
     check_close(charged.chunk_reward[1:3] - free.chunk_reward[1:3], [-(G**3) * 0.5, -0.5])
     check_close(charged.chunk_reward[3:], free.chunk_reward[3:].tolist())
+
+
+def test_a_policy_stage_decodes_no_next_observation_and_carries_none(tmp_path, monkeypatch):
+    shard_set = write_tiny(tmp_path, [flat_episode(0, 12)])
+    decoded = []
+    monkeypatch.setattr(sample, "decode_jpeg", lambda data: decoded.append(data) or decode_jpeg(data))
+    cameras, samples = 2, [0, 3, 7]
+    policy = tiny_config(training={"stage": "policy"}, recap={"sft": True})
+    for config, num_next in ((tiny_config(), 3), (policy, 0)):
+        decoded.clear()
+        batch = batch_of(shard_set, samples, config)
+        assert len(decoded) == cameras * (len(samples) + num_next)
+        assert batch.next_observation.images.shape[:2] == (3, cameras if num_next else 0)
 
 
 def test_a_stage_without_td_reads_no_next_observation(tmp_path):
