@@ -14,11 +14,12 @@ from recap_ds.batch import OUTCOME_IDS, SOURCE_IDS
 from recap_ds.config import SOURCES
 from recap_ds.data.index import ShardIndex, parse_record
 from recap_ds.data.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from recap_ds.data.npy import npy_array
 from recap_ds.data.shard_set import DamagedSample, ShardSet
 from recap_ds.data.staging import open_staging
 from recap_ds.data.stats import FeatureStats
 from recap_ds.data.survey import count_sources, count_tasks
-from recap_ds.data.tar import TarWriter, npy_array
+from recap_ds.data.tar import TarWriter
 from recap_ds.data.writer import slug
 from recap_ds.errors import UsageError
 

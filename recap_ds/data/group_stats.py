@@ -16,9 +16,9 @@ import numpy as np
 from recap_ds.config import SOURCES
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.manifest import Manifest, ShardEntry
+from recap_ds.data.npy import npy_array
 from recap_ds.data.show import text_table
 from recap_ds.data.stats import FeatureStats
-from recap_ds.data.tar import npy_array
 from recap_ds.errors import UsageError
 
 StatsBy = Literal["source", "dataset", "task"]
