@@ -4,13 +4,11 @@ The engine's is the training loop's own (``train.step.take_step``). The other tw
 losses, normalisers, clipping, AdamW, target critic, average, advantage ring and metrics.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
 from torch.distributed import Work
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -18,6 +16,7 @@ from recap_ds.algo.advantage import AdvantageRing
 from recap_ds.batch import TransitionBatch, to_device
 from recap_ds.bench.phases import PhaseClock, Watched
 from recap_ds.data.loader import build_train_loader
+from recap_ds.distributed.linear import Linear, linear_is
 from recap_ds.distributed.reduce import gather_flat, sum_over_ranks
 from recap_ds.distributed.runtime import Runtime, accelerator_is_cpu
 from recap_ds.models.losses import LossNormalizers, local_counts, normalizers
@@ -27,7 +26,6 @@ from recap_ds.train.optim import learning_rate_factor, set_learning_rates
 from recap_ds.train.session import Plan, Session
 from recap_ds.train.step import append_advantages, ring_rows, take_step
 
-Linear = Callable[..., Tensor]
 Batches = Sequence[TransitionBatch]
 
 
@@ -130,13 +128,3 @@ class PlainTrainer:
         shares = torch.cat([counts, torch.tensor([float(len(batches))])]).to(self._device, non_blocking=True)
         total = sum_over_ranks(shares) if self._shared else shares
         return normalizers(total[:-1] / total[-1])
-
-
-@contextmanager
-def linear_is(linear: Linear) -> Iterator[None]:
-    before = functional.linear
-    functional.linear = linear
-    try:
-        yield
-    finally:
-        functional.linear = before

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero import GatheredParameters, Init
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from deepspeed.utils import groups
 from torch.nn import Parameter
+
+from recap_ds.distributed.linear import replace_linear
 
 
 def parameter_dtype(ds_config: dict[str, Any]) -> torch.dtype:
@@ -37,6 +38,7 @@ def sharded_build(ds_config: dict[str, Any]) -> Iterator[None]:
                 zero_param_parallel_group=_secondary_group(ds_config),
             ),
         ):
+            replace_linear()
             yield
         return
     before = torch.get_default_dtype()
@@ -67,19 +69,6 @@ def _hugging_face_knows(ds_config: dict[str, Any]) -> Iterator[None]:
     finally:
         del living
         unset_hf_deepspeed_config()
-
-
-@contextlib.contextmanager
-def sharded_linear() -> Iterator[None]:
-    """Linear layers as any of them is once a model was built under stage 3, without one: they keep their input for
-    backward even where the weight is frozen.
-    """
-    plain = torch.nn.functional.linear
-    torch.nn.functional.linear = zero3_linear_wrap
-    try:
-        yield
-    finally:
-        torch.nn.functional.linear = plain
 
 
 def param_is_sharded(param: Parameter) -> bool:

@@ -14,6 +14,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from recap_ds.distributed.linear import lighten_hooks
 from recap_ds.distributed.reduce import sum_over_ranks
 from recap_ds.distributed.runtime import accelerator_is_cpu
 
@@ -43,6 +44,8 @@ def build_engine(
     fused = not accelerator_is_cpu()
     optimizer = torch.optim.AdamW([dict(group) for group in parameter_groups], betas=betas, eps=adam_eps, fused=fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    if zero_stage(engine) == 3:
+        lighten_hooks(engine.module)
     return engine
 
 

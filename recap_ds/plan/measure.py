@@ -45,7 +45,7 @@ def build_on_meta(config: PiStarRECAPConfig, dtype: torch.dtype, vlm_folder: str
 def measure_on_meta(
     policy: PiStarRECAPPolicy, num_cameras: int, linear: AbstractContextManager | None = None
 ) -> StepMeasure:
-    """``linear``: a context that makes linear layers those of the engine (``distributed.build.sharded_linear``)."""
+    """``linear``: a context that makes linear layers those of the engine (``distributed.linear``)."""
     batch = blank_batch(policy.config, policy.config.training.batch_size, num_cameras)
     with fused_attention(), linear or nullcontext():
         return measure_step(policy, batch, blank_scale(), blank_normalizers())

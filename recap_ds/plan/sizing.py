@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from recap_ds.config import PiStarRECAPConfig
-from recap_ds.distributed.build import sharded_linear
 from recap_ds.distributed.footprint import ParameterSize
+from recap_ds.distributed.linear import linear_is, sharded_linear
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.plan.measure import StepMeasure, build_on_meta, measure_evaluation_on_meta, measure_on_meta
 
@@ -42,7 +42,9 @@ class Sizer:
         if key not in self._measures:
             training = {"batch_size": batch_size, "activation_checkpointing": checkpointing}
             policy = self._build(with_training(self._config, **training))
-            self._measures[key] = measure_on_meta(policy, self._num_cameras, sharded_linear() if sharded else None)
+            self._measures[key] = measure_on_meta(
+                policy, self._num_cameras, linear_is(sharded_linear) if sharded else None
+            )
         return self._measures[key]
 
     def measure_evaluation(self, batch_size: int) -> int:

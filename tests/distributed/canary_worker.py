@@ -19,6 +19,7 @@ from recap_ds.distributed.engine import (
     step_was_applied,
     zero_stale_gradients,
 )
+from recap_ds.distributed.linear import sharded_linear
 from recap_ds.distributed.runtime import Runtime
 from recap_ds.distributed.tiles import local_shard, read_tile, write_local_shard
 from tests.distributed import tiny
@@ -220,6 +221,19 @@ def dataclass_output(ds: dict[str, Any]) -> None:
     engine.backward(engine(torch.ones(4, 8)))
 
 
+def hooks_are_light(ds: dict[str, Any]) -> dict[str, bool]:
+    engine = tiny.build(ds)
+    no_context = torch.autograd.Function.setup_context
+    functions = [vars(part)[name] for part in engine.module.modules() for name in ("pre_bwd_fn", "post_bwd_fn")]
+    result = {
+        "signatures_known": all("__signature__" in vars(function.forward) for function in functions),
+        "asks_for_signatures": all(function.setup_context is not no_context for function in functions),
+        "linear_is_ours": torch.nn.functional.linear is sharded_linear,
+    }
+    destroy_engine(engine)
+    return result
+
+
 class Recorder(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -269,6 +283,7 @@ def scenarios(runtime: Runtime) -> dict[str, Any]:
         },
     }
     result["warnings_of_named_tuples"] = [m for m in recorder.messages if "unknown inputs or outputs" in m]
+    result["hooks"] = hooks_are_light(zero3)
     dataclass_output(zero3)
     result["warnings_of_dataclass"] = [m for m in recorder.messages if "unknown inputs or outputs" in m]
     return result
