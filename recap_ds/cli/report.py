@@ -26,13 +26,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from recap_ds.report.build import build_report, default_out, find_sources, write_report
+    from recap_ds.report.build import build_report, check_out, default_out, find_sources, write_report
+    from recap_ds.report.svg import printable
 
     sources = find_sources(args.runs)
-    out = args.out or default_out(sources)
+    out = check_out(args.out or default_out(sources))
     report = build_report(sources, out)
     write_report(out, report.page)
     for line in report.lines:
         print(line)
-    print(f"written: {out}")
+    print(printable(f"written: {out}"))
     return 0

@@ -17,9 +17,10 @@ from recap_ds.report.configuration import differing_part, settings_part
 from recap_ds.report.evaluation_part import held_out_part, rollout_part
 from recap_ds.report.evaluations import RESULTS_NAME, Evaluation, read_evaluation
 from recap_ds.report.findings import rollout_findings
-from recap_ds.report.overview import Judged, judge, key_figures, verdict_card
+from recap_ds.report.overview import Judged, findings_card, judge, key_figures, verdict_card
 from recap_ds.report.page import Chapter, grid, paragraph, whole_page
 from recap_ds.report.run_record import is_run, read_run
+from recap_ds.report.svg import printable
 
 REPORT_NAME = "report.html"
 MAX_RUNS = 8  # as many as there are colours
@@ -106,7 +107,14 @@ def build_report(sources: Sources, out: Path) -> Report:
     names += [f"labels {path.name}" for path in sources.labels] + [evaluation.checkpoint for evaluation in results]
     written = f"{datetime.fromtimestamp(now, timezone.utc):%Y-%m-%d %H:%M} UTC"
     page = whole_page(", ".join(dict.fromkeys(names)), f"recap_ds {__version__}, written {written}", chapters)
-    return Report(page, [each.line for each in runs])
+    return Report(page, [printable(each.line) for each in runs])
+
+
+def check_out(out: Path) -> Path:
+    """UsageError for a name that could be a file of a run's own."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out {out}: a page is written as .html; name such a file")
+    return out
 
 
 def write_report(out: Path, page: str) -> None:
@@ -121,16 +129,16 @@ def run_names(runs: Sequence[Path]) -> list[str]:
     """As short as they can be while each is its own: the folder's name, or as much of the path as it takes."""
     whole = [Path(os.path.abspath(path)) for path in runs]
     for length in range(1, max((len(path.parts) for path in whole), default=0)):
-        names = ["/".join(path.parts[-length:]) for path in whole]
+        names = [" ".join(printable("/".join(path.parts[-length:])).split()) for path in whole]
         if len(set(names)) == len(names):
             return names
-    return [str(path) for path in whole]
+    return [printable(str(path)) for path in whole]
 
 
 def _verdict(runs: Sequence[Judged], results: Sequence[Evaluation]) -> str:
-    cards = [verdict_card(each, with_name=len(runs) > 1) for each in runs]
-    told = [paragraph(finding.text) for each in results for finding in rollout_findings(each.rollouts)]
-    return "".join([*cards, *told])
+    cards = [verdict_card(each, runs[0] if len(runs) > 1 else None) for each in runs]
+    told = [finding for each in results for finding in rollout_findings(each.rollouts)]
+    return "".join([*cards, findings_card(told)])
 
 
 def _read_labels(runs: Sequence[Judged], named: Sequence[Path]) -> tuple[list[LabelView], list[str]]:

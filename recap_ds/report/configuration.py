@@ -8,23 +8,27 @@ import yaml
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.recipe import changed_keys
-from recap_ds.report.page import Html, folded, table
+from recap_ds.report.page import Html, folded, paragraph, table
 from recap_ds.report.run_record import RunRecord
 from recap_ds.report.svg import escape
 from recap_ds.train.run_folder import FREE_KEYS
 
 NOT_COMPARED = ("name", "runs_dir")
 MISSING = "-"
+# What decides which samples are held out and judged.
+HELD_OUT_KEYS = {"data.held_out_fraction", "training.seed", "evaluation.max_samples"}
+NOT_COMPARABLE = (
+    "These runs are judged on different held-out samples: compare their held-out figures with care, or judge their "
+    "exports on the same shards with launch/evaluate.py."
+)
 
 
 def differing_part(records: Sequence[RunRecord]) -> Html:
-    """A row per key in which any run differs from the first; those that change what is learned come first."""
-    keys = {
-        key
-        for record in records[1:]
-        for key in changed_keys(records[0].config, record.config)
-        if key not in NOT_COMPARED and record.config and records[0].config
-    }
+    """A row per key in which any run differs from the first; those that change what is learned come first.
+
+    Above them a warning where held-out figures are of other samples.
+    """
+    keys = {key for record in records[1:] for key in _differing_keys(record, records[0])}
     rows = [
         (key, *(_value(record, key) for record in records), "no" if _is_free(key) else "yes")
         for key in sorted(keys, key=lambda key: (_is_free(key), key))
@@ -35,18 +39,34 @@ def differing_part(records: Sequence[RunRecord]) -> Html:
         ("labels_hash", "labels"),
         ("versions", "versions"),
     ):
-        facts = [_fact(record, name) for record in records]
-        if len(set(facts)) > 1:
+        if _differs(records, name):
+            facts = [_fact(record, name) for record in records]
             rows.append((told, *facts, "no" if name == "versions" else "yes"))
     header = ("setting", *(record.name for record in records), "changes what is learned")
-    return table(f"Settings that differ ({len(rows)})", header, rows)
+    warning = paragraph(NOT_COMPARABLE) if keys & HELD_OUT_KEYS or _differs(records, "manifest_hash") else ""
+    return Html(f"{warning}{table(f'Settings that differ ({len(rows)})', header, rows)}")
+
+
+def _differs(records: Sequence[RunRecord], fact: str) -> bool:
+    return len({_fact(record, fact) for record in records if record.facts is not None}) > 1
+
+
+def _differing_keys(record: RunRecord, first: RunRecord) -> list[str]:
+    if not record.config or not first.config:
+        return []
+    return [key for key in changed_keys(first.config, record.config) if key not in NOT_COMPARED]
+
+
+def learning_keys(record: RunRecord, first: RunRecord) -> list[str]:
+    """The settings in which two runs differ and that change what is learned."""
+    return [key for key in _differing_keys(record, first) if not _is_free(key)]
 
 
 def settings_part(record: RunRecord, with_name: bool) -> str:
     """What the run says that is not the default; then all there is."""
     defaults = PiStarRECAPConfig().model_dump(mode="json")
     keys = [key for key in changed_keys(defaults, record.config) if key not in NOT_COMPARED]
-    rows = [(key, _value(record, key), _show(_lookup(defaults, key))) for key in keys] if record.config else []
+    rows = [(key, _value(record, key), show(_lookup(defaults, key))) for key in keys] if record.config else []
     parts = [
         table("Settings that are not the defaults", ("setting", "this run", "default"), rows),
         _provenance(record),
@@ -67,13 +87,13 @@ def _provenance(record: RunRecord) -> Html:
     rows = [
         ("folder", str(record.path.resolve())),
         ("stage", record.stage if record.config else MISSING),
-        ("global batch", _show(facts.get("global_batch"))),
-        ("shards", f"{record.setting('data.shards')}, manifest {_show(facts.get('manifest_hash'))}"),
+        ("global batch", show(facts.get("global_batch"))),
+        ("shards", f"{record.setting('data.shards')}, manifest {show(facts.get('manifest_hash'))}"),
         ("labels", f"{record.setting('data.labels')}, {facts['labels_hash']}" if facts.get("labels_hash") else MISSING),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items()) or MISSING),
-        ("Python", _show(facts.get("python"))),
+        ("Python", show(facts.get("python"))),
         ("checkpoints", ", ".join(f"{step:,}" for step in marks.steps) or MISSING),
-        ("latest, best", f"{_show(marks.latest)}, {_show(marks.best)}"),
+        ("latest, best", f"{show(marks.latest)}, {show(marks.best)}"),
     ]
     return table("Where it comes from", ("", ""), rows)
 
@@ -90,17 +110,18 @@ def _lookup(config: dict[str, Any], key: str) -> Any:
 
 
 def _value(record: RunRecord, key: str) -> str:
-    return _show(_lookup(record.config, key))
+    return show(_lookup(record.config, key))
 
 
 def _fact(record: RunRecord, name: str) -> str:
     value = (record.facts or {}).get(name)
     if isinstance(value, dict):
         return ", ".join(f"{package} {version}" for package, version in value.items())
-    return _show(value)[:12] if name.endswith("_hash") else _show(value)
+    return show(value)[:12] if name.endswith("_hash") else show(value)
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A setting as it would be written."""
     if value is None:
         return MISSING
     return value if isinstance(value, str) else json.dumps(value)

@@ -77,9 +77,12 @@ def headline(state: State, findings: list[Finding]) -> tuple[Level, str]:
     return ("good", f"{told}, and learning") if "good" in levels else ("note", told)
 
 
+def gate_of(record: RunRecord) -> Gate:
+    return GATES.get(str(record.setting("evaluation.gate")), GATES["loss"])
+
+
 def _learning(record: RunRecord) -> Iterator[Finding]:
-    name = str(record.setting("evaluation.gate", "loss"))
-    gate = GATES.get(name, GATES["loss"])
+    gate = gate_of(record)
     curve = record.curves.get(gate.metric)
     values = np.empty(0) if curve is None else curve.values[np.isfinite(curve.values)]
     if curve is None or len(values) < 2:
@@ -134,11 +137,12 @@ def _values(record: RunRecord) -> Iterator[Finding]:
         if correlation.last < MIN_RANK_CORRELATION:
             mend = "labels and indicators will be noise: train the critic longer, or on its own (training.stage=critic)"
             yield Finding("warn", f"{said}: hardly at all.", mend)
-        else:
+        elif gate_of(record).metric != "eval/value_rank_correlation":  # else it was said already
             yield Finding("good", f"{said}.")
     if gap is not None and gap.last is not None and gap.last < MIN_SHUFFLED_GAP:
-        said = f"With another episode's pictures V is only {gap.last:.0%} worse: it hardly looks at them."
-        yield Finding("warn", said, "value.reads_state=false, a larger image, or a better camera")
+        said = f"V errs hardly more with another episode's pictures (gap {rough(gap.last)}): it does not look at them."
+        state = record.setting("value.critic") == "distributional" and record.setting("value.reads_state") is True
+        yield Finding("warn", said, f"{'value.reads_state=false, ' if state else ''}more steps, or a better camera")
     q = record.curves.get("train/q/p50")
     low, high = VALUE_BOUNDS
     sparse = record.setting("value.reward", "sparse_time") == "sparse_time"

@@ -5,13 +5,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recap_ds.report.findings import Finding, findings_of, headline
+from recap_ds.report.configuration import learning_keys, show
+from recap_ds.report.findings import Finding, findings_of, gate_of, headline
 from recap_ds.report.next_steps import next_steps
 from recap_ds.report.page import Cell, Html, table
 from recap_ds.report.run_record import RunRecord
 from recap_ds.report.state import State, state_of
-from recap_ds.report.svg import escape, number
+from recap_ds.report.svg import escape, number, rough
 
+MAX_NAMED_KEYS = 4
 SIGNS = {"good": "good", "warn": "look", "bad": "bad", "note": "note"}
 
 
@@ -33,10 +35,12 @@ def judge(record: RunRecord, now: float) -> Judged:
     return Judged(record, state, findings_of(record, state))
 
 
-def verdict_card(judged: Judged, with_name: bool) -> str:
+def verdict_card(judged: Judged, first: Judged | None) -> str:
+    """``first``: what the run is compared with, which may be itself; None where it stands alone."""
     record, state, findings = judged
     level, told = headline(state, findings)
-    name = f"<h3>{escape(record.name)}</h3>" if with_name else ""
+    name = f"<h3>{escape(record.name)}</h3>" if first is not None else ""
+    change = f"<p>{escape(what_changed(record, first.record))}</p>" if first not in (None, judged) else ""
     bar = ""
     if state.fraction is not None:
         percent = f"{100 * state.fraction:.0f}"
@@ -44,13 +48,34 @@ def verdict_card(judged: Judged, with_name: bool) -> str:
             f'<div class="progress" role="progressbar" aria-valuenow="{percent}" aria-valuemin="0" '
             f'aria-valuemax="100" aria-label="share of all steps"><div style="width:{percent}%"></div></div>'
         )
-    items = "".join(_finding(finding) for finding in findings)
+    items = "".join(map(_finding, findings))
     steps = "".join(f"<li><code>{escape(step)}</code></li>" for step in next_steps(record, state))
     return (
         f'<div class="card">{name}<p class="verdict {_class(level)}">{escape(told)}</p>{bar}'
-        f"<p>{escape(state.text)}</p>"
+        f"<p>{escape(state.text)}</p>{change}"
         f'<ul class="findings">{items}</ul><p><b>Next</b></p><ul class="next">{steps}</ul></div>'
     )
+
+
+def findings_card(findings: Sequence[Finding]) -> str:
+    """Of what belongs to no run; '' where there is nothing."""
+    items = "".join(map(_finding, findings))
+    return f'<div class="card"><ul class="findings">{items}</ul></div>' if items else ""
+
+
+def what_changed(record: RunRecord, first: RunRecord) -> str:
+    """In a sentence: the settings that matter and what came of it, by the first run's gate."""
+    keys = learning_keys(record, first)
+    named = ", ".join(
+        f"{key} {show(first.setting(key))} -> {show(record.setting(key))}" for key in keys[:MAX_NAMED_KEYS]
+    )
+    more = f" and {len(keys) - MAX_NAMED_KEYS} more" if len(keys) > MAX_NAMED_KEYS else ""
+    told = f"Against {first.name}: {named or 'no setting that changes what is learned'}{more}."
+    metric = gate_of(first).metric
+    mine, other = (each.curves.get(metric) for each in (record, first))
+    if mine is None or other is None or mine.last is None or other.last is None:
+        return told
+    return f"{told} {metric} is {rough(mine.last)} in place of {rough(other.last)}."
 
 
 def _finding(finding: Finding) -> str:

@@ -89,7 +89,8 @@ video{width:100%;height:auto;border-radius:6px;background:#000}
 footer{padding:24px 16px 40px}
 @media (max-width:480px){body{font-size:15px}main,header,footer{padding-left:12px;padding-right:12px}
 .card,.chart{padding:10px}.findings li{padding-left:0}.findings b{position:static;margin-right:6px}}
-@media print{body{background:#fff;font-size:11px}nav{display:none}.card,.chart{break-inside:avoid;border-color:#bbb}
+@media print{html{font-size:12px}body{background:#fff;font-size:12px}
+nav{display:none}.card,.chart{break-inside:avoid;border-color:#bbb}
 h2,h3{break-after:avoid}.grid{grid-template-columns:repeat(2,1fr)}.scroll{overflow:visible}
 details::details-content{content-visibility:visible;display:block;block-size:auto}
 a{color:inherit;text-decoration:none}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}

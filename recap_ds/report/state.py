@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from recap_ds.report.run_record import RunRecord
+from recap_ds.report.run_record import Failure, RunRecord
 from recap_ds.report.svg import duration
 
 # A run whose last line of metrics is older than so many of its usual intervals, and than MIN_QUIET_SECONDS, runs no
@@ -42,7 +42,7 @@ def state_of(record: RunRecord, now: float) -> State:
     return State("stopped", f"Not running: ended {place}, {duration(age)} ago, without a summary.", fraction)
 
 
-def last_failure(record: RunRecord):
+def last_failure(record: RunRecord) -> Failure | None:
     """The failure that ended the run; None where it has gone on since, or never failed."""
     if not record.failures or record.summary is not None:
         return None

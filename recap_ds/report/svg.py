@@ -16,7 +16,12 @@ TINY = 1e-200  # a range below this is none
 
 def escape(text: object) -> str:
     """Safe as content and inside quotes."""
-    return html.escape(str(text), quote=True)
+    return html.escape(printable(str(text)), quote=True)
+
+
+def printable(text: str) -> str:
+    """Names of files may hold bytes that are no text, which nothing can print: '?' stands for them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def shorten(text: str, length: int = MAX_NAME_LENGTH) -> str:

@@ -9,6 +9,7 @@ import pytest
 from recap_ds.report import charts
 from recap_ds.report.charts import Bars, Line, Look, histogram_chart, line_chart
 from recap_ds.report.interval_chart import LEFT, RIGHT, WIDTH, Interval, interval_chart
+from recap_ds.report.page_style import DARK, LIGHT
 from recap_ds.report.svg import Scale, band_data, duration, number, path_data, round_ticks, short_number, value_range
 
 EVIL = '<script>alert("x")</script>'
@@ -146,6 +147,22 @@ def test_numbers_as_people_read_them():
         "0", "500", "1k", "20k", "1.5M", "-2.5k", "2G",
     ]  # fmt: skip
     assert [duration(s) for s in (5, 600, 7500, 400_000)] == ["5 s", "10 min", "2 h 5 min", "4.6 days"]
+
+
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("colors", [LIGHT, DARK])
+def test_words_and_curves_stand_out_from_what_is_behind_them(colors):
+    """WCAG 2.2, contrast: (lighter + 0.05) / (darker + 0.05)."""
+    assert {f"c{number}" for number in range(charts.NUM_COLORS)} < colors.keys()
+    for name in colors.keys() - {"page", "card", "edge", "grid"}:
+        for behind in ("card", "page"):
+            dark, bright = sorted(luminance(colors[each]) for each in (name, behind))
+            assert (bright + 0.05) / (dark + 0.05) >= 4.5, (name, behind)
 
 
 def test_scales_keep_to_their_range():

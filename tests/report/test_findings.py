@@ -98,7 +98,7 @@ def test_without_evaluations_the_training_loss_has_to_do(tmp_path):
     [
         ({"eval__value_rank_correlation": 0.1}, "warn", "hardly at all"),
         ({"eval__value_rank_correlation": 0.9}, "good", "rank correlation 0.9"),
-        ({"eval__value_shuffled_image_gap": 0.01}, "warn", "hardly looks"),
+        ({"eval__value_shuffled_image_gap": 0.01}, "warn", "does not look at them"),
         ({"eval__action_error_ratio__demo_and_human": 0.95}, "warn", "no better than a constant"),
         ({"eval__action_error_ratio__demo_and_human": 0.4}, "good", "0.4 times"),
         ({"eval__conditioning_gap": 0.001}, "warn", "guidance will do nothing"),

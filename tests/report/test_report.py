@@ -1,6 +1,7 @@
 """``recap-ds report`` from end to end: what it accepts, what the page holds, what it never does."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -126,9 +127,22 @@ def test_three_runs_are_compared(tmp_path):
     assert "training.learning_rate 0.0001 0.0002 0.0003 yes" in page.words
     assert "data.num_workers 1 1 2 no" in page.words and "Settings that differ (2)" in page.words
     assert re.search(r'held-out loss</th><td class="figure best">1\.01</td><td class="figure">2\.01<', page.source)
+    changed = "training.learning_rate 0.0001 -> 0.0003. eval/loss is 3.01 in place of 1.01."
+    assert f"Against a/run: {changed}" in page.words and "different held-out samples" not in page.words
     legends = re.findall(r'class="legend">(.*?)</ul>', page.source)
     assert legends and all(legend.count("<li>") == 3 for legend in legends), "every chart holds every run"
     assert all(f"{name}/run" in page.words for name in "abc"), "one name each"
+
+
+def test_runs_judged_on_other_samples_are_told_apart(tmp_path):
+    runs = [write_run(tmp_path / f"{seed}", made_config(training={"seed": seed})) for seed in (0, 1)]
+    assert "judged on different held-out samples" in report(*runs, out=tmp_path / "page.html").words
+
+
+def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(tmp_path, capsys):
+    path = write_run(tmp_path / os.fsdecode(b"a\xff\nrun"))
+    page = report(path, out=tmp_path / "page.html")
+    assert "a? run" in page.words and "a? run: Finished" in capsys.readouterr().out
 
 
 def test_names_are_as_short_as_they_can_be():
@@ -268,5 +282,8 @@ def write(path, text):
 
 def test_a_page_that_cannot_be_written_says_so(tmp_path, capsys):
     run = write_run(tmp_path / "run")
+    metrics = (run / "metrics.jsonl").read_bytes()
+    assert main(["report", str(run), "--out", str(run / "metrics.jsonl")]) == 2
+    assert "a page is written as .html" in capsys.readouterr().err and (run / "metrics.jsonl").read_bytes() == metrics
     assert main(["report", str(run), "--out", str(run / "run.json" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
