@@ -106,7 +106,7 @@ def read_ring(record: RunRecord) -> list[RingView]:
     reader = TensorFileReader(path)
     if {RING_VALUES, RING_COUNTS} - reader.tensors.keys():
         return []
-    state = {name: reader.read_whole(name) for name in (RING_VALUES, RING_COUNTS)}
+    state = {name: reader.tensor(name).whole() for name in (RING_VALUES, RING_COUNTS)}
     if tuple(state[RING_VALUES].shape) != (len(tasks), window):
         raise UsageError(f"{path}: holds advantages of other tasks, or another recap.advantage_window")
     ring = AdvantageRing(len(tasks), int(window), "cpu")
