@@ -21,6 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_resume(benches)
     add_step(benches)
     add_loader(benches)
+    add_sample(benches)
 
 
 def add_consolidate(benches: argparse._SubParsersAction) -> None:
@@ -133,6 +134,55 @@ def run_loader(args: argparse.Namespace) -> int:
     from recap_ds.bench.loader import Settings, bench_loader, table  # torch takes a second
 
     figures = bench_loader(Settings(**settings))
+    print("\n".join(table(figures)), file=sys.stderr)
+    print(json.dumps(figures))
+    return 0
+
+
+def add_sample(benches: argparse._SubParsersAction) -> None:
+    parser = benches.add_parser(
+        "sample",
+        help="what a chunk of actions costs, guided and not, cached and not, and what a server gives its clients",
+        description="PaliGemma's and the expert's true widths with a few layers of random weights. A table on stderr.",
+        epilog="example, small: recap-ds bench sample --shrink 8 --cameras 1 --clients 1,4",
+    )
+    parser.add_argument("--expert", choices=("dit_cross", "pi_joint"), default="dit_cross", help="default: %(default)s")
+    parser.add_argument("--layers", default="2", metavar="N", help="of each tower (default: %(default)s)")
+    parser.add_argument("--shrink", default="1", metavar="N", help="divide widths by 2, 4 or 8 (default: %(default)s)")
+    parser.add_argument("--cameras", default="3", metavar="N", help="of 224 px (default: %(default)s)")
+    parser.add_argument("--chunk-size", default="50", metavar="N", help="actions (default: %(default)s)")
+    parser.add_argument("--steps", default="10", metavar="N", help="of denoising (default: %(default)s)")
+    parser.add_argument("--repeats", default="5", metavar="N", help="medians over so many (default: %(default)s)")
+    parser.add_argument("--clients", default="1,4,16", metavar="N,N", help="at a time (default: %(default)s)")
+    parser.add_argument("--requests", default="4", metavar="N", help="of each client (default: %(default)s)")
+    parser.add_argument("--max-batch", default="8", metavar="N", help="as of recap-ds serve (default: %(default)s)")
+    parser.add_argument("--device", help="such as cuda:1 or cpu (default: an accelerator, if there is one)")
+    parser.set_defaults(run=run_sample)
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    def small(flag: str, text: str, most: int = 1000) -> int:
+        return parse_count(flag, text, 1, most)
+
+    numbers = {
+        "num_layers": small("--layers", args.layers),
+        "shrink": small("--shrink", args.shrink),
+        "num_cameras": small("--cameras", args.cameras),
+        "chunk_size": small("--chunk-size", args.chunk_size),
+        "num_steps": small("--steps", args.steps),
+    }
+    num_repeats, num_requests = small("--repeats", args.repeats), small("--requests", args.requests)
+    clients = [small("--clients", each) for each in args.clients.split(",")]
+    max_batch = small("--max-batch", args.max_batch)
+
+    from recap_ds.serve.packages import require_packages
+
+    require_packages("recap-ds bench sample")
+    from recap_ds.bench.made_policy import Sizes  # torch takes a second
+    from recap_ds.bench.sample import bench_sample, table
+
+    sizes = Sizes(expert=args.expert, **numbers)
+    figures = bench_sample(sizes, num_repeats, clients, num_requests, max_batch, args.device)
     print("\n".join(table(figures)), file=sys.stderr)
     print(json.dumps(figures))
     return 0

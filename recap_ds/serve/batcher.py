@@ -4,8 +4,8 @@ Nobody waits for company: an idle model starts at once. One thread computes, so 
 """
 
 import asyncio
+import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -70,11 +70,11 @@ class Batcher:
             chunks = await self._loop.run_in_executor(self._thread, self._predict, [each.request for each in batch])
         except Exception as error:
             if len(batch) == 1:
-                traceback.print_exception(error)  # ours or the machine's: requests were checked before
                 if not batch[0].answer.done():
                     batch[0].answer.set_exception(error)
                 return
-            # One by one: a request that breaks the model, or is one too many for its memory, harms nobody else.
+            # A request that breaks the model, or is one too many for its memory, harms nobody else.
+            print(f"a forward of {len(batch)} requests failed ({error}); now one by one", file=sys.stderr, flush=True)
             for each in batch:
                 await self._answer([each])
             return

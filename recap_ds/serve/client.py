@@ -27,11 +27,16 @@ class PolicyClient:
 
     def infer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """``actions`` [H, A] and ``server_timing``. UsageError, in the server's words, where it refuses the request."""
+        data = pack(dict(request))
         try:
-            self._connection.send(pack(dict(request)))
+            self._connection.send(data)
             reply = self._connection.recv(self._timeout_seconds)
-        except (WebSocketException, OSError, TimeoutError) as error:
-            raise RunFailed(f"the policy server does not answer any more ({error})") from None
+        except BaseException as error:
+            # An answer that comes later would be taken for that of the next request.
+            self._connection.close()
+            if isinstance(error, WebSocketException | OSError | TimeoutError):
+                raise RunFailed(f"the policy server does not answer any more ({error})") from None
+            raise
         if isinstance(reply, str):
             raise UsageError(f"policy server: {reply}")
         return unpack(reply)

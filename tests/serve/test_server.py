@@ -281,6 +281,19 @@ def test_who_leaves_before_the_answer_takes_no_place(export, robot):
     assert computed == [1, 1]
 
 
+def test_a_late_answer_is_not_taken_for_the_next(export):
+    served, _ = load_made(export)
+    go, whole = threading.Event(), served.predict_chunks
+    served.predict_chunks = lambda requests: (go.wait(10), whole(requests))[1]
+    with serving(served, {}, ServerSettings(port=0)) as port:
+        client = PolicyClient(HOST, port, timeout_seconds=0.2)
+        with pytest.raises(RunFailed, match="the policy server does not answer any more"):
+            client.infer(request(0))
+        go.set()
+        with pytest.raises(RunFailed, match="the policy server does not answer any more"):
+            client.infer(request(1))
+
+
 def test_a_fault_of_ours_is_told_and_printed(export, capsys):
     served, _ = load_made(export)
     served.predict_chunks = lambda requests: 1 / 0
