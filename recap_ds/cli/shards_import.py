@@ -30,7 +30,7 @@ MAX_DEFAULT_JOBS = 16
 # OLD of a camera that a data set lacks.
 NO_CAMERA = "none"
 CAMERA_NAME = re.compile(r"[A-Za-z0-9_-]+")  # names of members in a tar, which split at dots
-MAX_DIMS = 4096
+MAX_LISTED = 2**20  # dims or episodes of a list such as 0-5
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -53,6 +53,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="P",
         help="of sarm_progress.parquet: from which progress at the last frame on an episode succeeded",
     )
+    parser.add_argument(
+        "--skip-episodes", type=_ranges, default=(), metavar="LIST", help="leave out these (3,17-19): broken ones, say"
+    )
+    parser.add_argument("--task", metavar="TEXT", help="the task of every episode, instead of what the data set says")
     parser.add_argument(
         "--camera",
         action="append",
@@ -93,7 +97,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--delta-actions",
-        type=_dims,
+        type=_ranges,
         default=(),
         metavar="DIMS",
         help="store these dims of absolute actions (0-5 or 0,1,2) as changes: target minus state of the same frame",
@@ -125,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
     found = find_dataset(args.src)
     cameras, absent_cameras = _cameras(args.camera)
-    metadata = load_metadata(found.root, cameras)
+    metadata = load_metadata(found.root, cameras, args.skip_episodes)
     options = ImportOptions(
         source=args.source,
         name=_dataset_name(found.name if args.name is None else args.name),
@@ -136,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
         fps=args.fps,
         absolute_actions=args.absolute_actions,
         delta_dims=args.delta_actions,
+        task=args.task,
     )
     image_size = args.image_size or max(max(camera.height, camera.width) for camera in metadata.cameras)
     tally = Tally()
@@ -154,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
             jobs=args.jobs,
             seed=args.seed,
             progress=progress,
-            job={"files": dataset_fingerprint(metadata, args.labels), **_job(options, cameras)},
+            job={"files": dataset_fingerprint(metadata, args.labels), **_job(options, cameras, args.skip_episodes)},
         )
     if report.was_there:
         print(f"{options.name}: already in {args.out}, {report.num_samples} samples of {report.num_episodes} episodes")
@@ -166,9 +171,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _job(options: "ImportOptions", cameras: dict[str, str] | None) -> "ImportJob":
+def _job(options: "ImportOptions", cameras: dict[str, str] | None, skip_episodes: tuple[int, ...]) -> "ImportJob":
     """What decides the shards, besides the files and how they are stored."""
-    return {**{key: value for key, value in asdict(options).items() if key != "labels"}, "cameras": cameras}
+    settings = {key: value for key, value in asdict(options).items() if key != "labels"}
+    return {**settings, "cameras": cameras, "skip_episodes": skip_episodes}
 
 
 @dataclass
@@ -257,14 +263,14 @@ def _camera(text: str) -> tuple[str, str]:
     return new, old
 
 
-def _dims(text: str) -> tuple[int, ...]:
+def _ranges(text: str) -> tuple[int, ...]:
     """ "0-2,5" -> (0, 1, 2, 5)."""
     dims: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         ends = (first, last or first)
-        if not all(end.isdecimal() for end in ends) or int(ends[1]) < int(ends[0]) or int(ends[1]) >= MAX_DIMS:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of dims such as 0-5 or 0,1,2")
+        if not all(end.isdecimal() for end in ends) or int(ends[1]) < int(ends[0]) or int(ends[1]) >= MAX_LISTED:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0-5 or 0,1,2")
         dims += range(int(ends[0]), int(ends[1]) + 1)
     return tuple(dict.fromkeys(dims))
 

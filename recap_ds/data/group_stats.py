@@ -5,9 +5,7 @@ Pictures are not read. n = samples of a shard that belong together.
 """
 
 import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +18,7 @@ from recap_ds.data.npy import npy_array
 from recap_ds.data.show import text_table
 from recap_ds.data.stats import FeatureStats
 from recap_ds.errors import UsageError
+from recap_ds.files.pool import process_pool
 
 StatsBy = Literal["source", "dataset", "task"]
 FEATURES = ("state", "actions")
@@ -39,7 +38,7 @@ def group_statistics(folder: str | Path, by: StatsBy, jobs: int = 1) -> dict[str
     if jobs == 1:
         shards = list(map(read, manifest.shards))
     else:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("forkserver")) as pool:
+        with process_pool(jobs) as pool:
             shards = list(pool.map(read, manifest.shards))
     datasets = sorted({name for part in shards for name in part})
     known = {"source": SOURCES, "task": tuple(manifest.tasks), "dataset": datasets}[by]

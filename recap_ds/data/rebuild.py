@@ -6,9 +6,7 @@ that is replaced, or is inferred: the longest window seen, tasks by name. n = sa
 width.
 """
 
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from recap_ds.data.stats import FeatureStats
 from recap_ds.data.survey import count_sources, count_tasks
 from recap_ds.data.tar import file_sha256
 from recap_ds.errors import UsageError
+from recap_ds.files.pool import process_pool
 from recap_ds.processing.images import decode_jpeg
 
 
@@ -52,7 +51,7 @@ def rebuild(folder: str | Path, jobs: int = 1) -> Manifest:
         if jobs == 1:
             scans = [_scan(path) for path in paths]
         else:
-            with ProcessPoolExecutor(jobs, mp_context=get_context("forkserver")) as pool:
+            with process_pool(jobs) as pool:
                 scans = list(pool.map(_scan, paths))
         manifest = _manifest(folder, scans, _replaced_manifest(folder))
         for path, scan in zip(paths, scans, strict=True):

@@ -14,9 +14,8 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ import numpy as np
 from recap_ds.data.episodes import FrameReader
 from recap_ds.errors import UsageError
 from recap_ds.files.atomic import write_file
+from recap_ds.files.pool import process_pool
 from recap_ds.processing.images import encode_jpeg, resize_with_padding
 
 # Frames decoded at a time: bounds memory at about 30 MB per camera of 480 x 640.
@@ -71,7 +71,7 @@ def spool_episodes(jobs: Iterable[SpoolJob], num_processes: int) -> Iterator[Spo
     if num_processes == 1:
         yield from map(spool_episode, jobs)
         return
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("forkserver")) as pool:
+    with process_pool(num_processes) as pool:
         try:
             running: set[Future[Spool]] = set()
             for job in jobs:
@@ -91,7 +91,9 @@ def spool_episode(job: SpoolJob) -> Spool:
     cameras: tuple[str, ...] | None = None
     places = []
     position, checksum = 0, 0
-    with open(job.path, "wb") as file:
+    # Under a name of its own until it is whole: a worker of a killed import may be at the same episode still.
+    partial = job.path.with_name(f"{job.number}-{os.getpid()}.partial")
+    with open(partial, "wb") as file:
         for first in range(0, len(job.frames), FRAMES_PER_CHUNK):
             chunk = job.frames[first : first + FRAMES_PER_CHUNK].tolist()
             pictures = job.read_frames(chunk)
@@ -109,6 +111,7 @@ def spool_episode(job: SpoolJob) -> Spool:
         if job.resumable:
             file.flush()
             os.fsync(file.fileno())
+    os.replace(partial, job.path)
     assert cameras is not None, "an episode has at least one frame"
     spool = Spool(job.number, job.path, False, job.frames, cameras, np.array(places, dtype=np.int64))
     if job.resumable:

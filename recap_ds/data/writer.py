@@ -9,7 +9,9 @@ Memory holds states, actions and where the JPEGs lie, never pictures. W = action
 
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from recap_ds.data.staging import Staging, open_staging
 from recap_ds.data.stats import FeatureStats
 from recap_ds.data.survey import count_sources, count_tasks
 from recap_ds.data.tar import TarWriter
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunFailed, UsageError
 
 # phase ("episodes" spooled or "samples" written), how many so far, of how many (None = not known).
 Progress = Callable[[str, int, int | None], None]
@@ -78,20 +80,34 @@ def write_shards(
         done = staging.imports.get(dataset) if job is not None else None
         if done is not None and is_the_same(done, job, dataset, staging.folder):
             return _report_done(staging.manifest, done)
-        intake = Intake(staging, layout, dataset, resumable=job is not None)
-        spools = {}
-        for spool in spool_episodes(intake.jobs(episodes), jobs):
-            intake.check_cameras(spool)
-            spools[spool.number] = spool
-            report("episodes", len(spools), None)
-        check_outcomes_known(intake.unknown_outcomes)
-        if not intake.takes:
-            raise UsageError(f"{dataset}: no episodes to write")
-        shards = _write_tars(staging, layout, intake.takes, spools, seed, report)
-        manifest = _manifest(staging, intake, shards)
-        entries = [entry for entry, _ in shards]
-        record = {} if job is None else {dataset: record_import(job, len(intake.takes), entries)}
-        staging.commit(manifest, [entry.name for entry in entries], record)
+        with _told(staging.folder):
+            return _write(staging, layout, episodes, dataset, jobs, seed, report, job)
+
+
+def _write(
+    staging: Staging,
+    layout: StoredFormat,
+    episodes: Iterable[Episode],
+    dataset: str,
+    jobs: int,
+    seed: int,
+    report: Progress,
+    job: ImportJob | None,
+) -> WriteReport:
+    intake = Intake(staging, layout, dataset, resumable=job is not None)
+    spools = {}
+    for spool in spool_episodes(intake.jobs(episodes), jobs):
+        intake.check_cameras(spool)
+        spools[spool.number] = spool
+        report("episodes", len(spools), None)
+    check_outcomes_known(intake.unknown_outcomes)
+    if not intake.takes:
+        raise UsageError(f"{dataset}: no episodes to write")
+    shards = _write_tars(staging, layout, intake.takes, spools, seed, report)
+    manifest = _manifest(staging, intake, shards)
+    entries = [entry for entry, _ in shards]
+    record = {} if job is None else {dataset: record_import(job, len(intake.takes), entries)}
+    staging.commit(manifest, [entry.name for entry in entries], record)
     return WriteReport(
         manifest,
         tuple(entry.name for entry in entries),
@@ -99,6 +115,19 @@ def write_shards(
         num_samples=sum(entry.num_samples for entry in entries),
         num_resumed=sum(spool.made_before for spool in spools.values()),
     )
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What the machine lacked, in a line: spools stay, and the same import goes on from them."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise RunFailed(
+            f"{folder}: a process for images was killed, most likely for want of memory; start again with fewer --jobs"
+        ) from error
+    except OSError as error:
+        raise RunFailed(f"{folder}: {error}; mend that and start again") from error
 
 
 def _report_done(manifest: Manifest, record: ImportRecord) -> WriteReport:

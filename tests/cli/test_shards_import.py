@@ -175,8 +175,8 @@ def test_a_missing_package_is_told_with_the_way_to_install_it(tmp_path, monkeypa
         (["--source", "teleop"], "invalid choice: 'teleop'"),
         (["--camera", "top"], "'top' is not NEW=OLD"),
         (["--camera", "a.b=top"], "'a.b=top' is not NEW=OLD"),
-        (["--delta-actions", "5-3"], "'5-3' is not a list of dims"),
-        (["--delta-actions", "x"], "'x' is not a list of dims"),
+        (["--delta-actions", "5-3"], "'5-3' is not a list"),
+        (["--delta-actions", "x"], "'x' is not a list"),
         (["--success-progress", "90"], "'90' is not a number above 0 and at most 1"),
     ],
 )

@@ -1,10 +1,13 @@
-from dataclasses import replace
+import errno
+import os
+import signal
+from dataclasses import dataclass, replace
 
 import pytest
 
 from recap_ds.data.manifest import Manifest
 from recap_ds.data.rebuild import rebuild
-from recap_ds.errors import UsageError
+from recap_ds.errors import RunFailed, UsageError
 from tests.data.made_episodes import BrokenFrames, made_episode, write
 from tests.data.test_writer import files_of
 
@@ -60,6 +63,32 @@ def test_an_interrupted_import_goes_on_with_the_pictures_it_had(tmp_path):
     report = write(out, [replace(whole[0], read_frames=BrokenFrames()), *whole[1:]], job=JOB)
     assert report.num_resumed == 1
     assert files_of(out) == files_of(tmp_path / "whole") and not (out / ".writing").exists()
+
+
+@dataclass(frozen=True)
+class FullDisk:
+    def __call__(self, frames):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@dataclass(frozen=True)
+class TooMuchMemory:
+    def __call__(self, frames):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("frames", "jobs", "message"),
+    [
+        (FullDisk(), 1, "No space left on device; mend that and start again"),
+        (TooMuchMemory(), 2, "a process for images was killed, .* fewer --jobs"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line_and_nothing_is_lost(tmp_path, frames, jobs, message):
+    whole = [made_episode(i) for i in range(3)]
+    with pytest.raises(RunFailed, match=message):
+        write(tmp_path, [*whole[:2], replace(whole[2], read_frames=frames)], job=JOB, jobs=jobs)
+    assert write(tmp_path, whole, job=JOB).num_resumed >= (2 if jobs == 1 else 0)
 
 
 def test_what_another_import_left_is_not_used(tmp_path):

@@ -37,17 +37,17 @@ def path_from_template(root: Path, info: dict[str, Any], name: str, parts: dict[
     return root / relative
 
 
-def check_entries(entries: tuple[EpisodeEntry, ...], info: dict[str, Any], where: Path) -> None:
-    """``entries`` by index, as ``where`` lists them: none twice, as many as info.json says, their files there."""
-    for before, after in pairwise(entries):
-        if before.index == after.index:
-            raise UsageError(f"{where}: episode {after.index} stands there twice; copy the data set again")
-    for key, found in (
-        ("total_episodes", len(entries)),
-        ("total_frames", sum(entry.num_frames for entry in entries)),
-    ):
+def check_listed(lengths: list[tuple[int, int]], info: dict[str, Any], where: Path) -> None:
+    """``lengths``: (episode, frames) as ``where`` lists them. None twice, and as many as info.json says."""
+    for before, after in pairwise(sorted(lengths)):
+        if before[0] == after[0]:
+            raise UsageError(f"{where}: episode {after[0]} stands there twice; copy the data set again")
+    for key, found in (("total_episodes", len(lengths)), ("total_frames", sum(length for _, length in lengths))):
         if info.get(key, found) != found:
             raise UsageError(f"{where}: holds {found} where meta/info.json says {key} {info[key]}; copy it again")
+
+
+def check_files(entries: tuple[EpisodeEntry, ...]) -> None:
     checked: set[Path] = set()
     for entry in entries:
         for path in (entry.data_path, *(span.path for span in entry.videos.values())):

@@ -6,10 +6,11 @@ data/chunk-000/episode_000000.parquet      videos/chunk-000/<camera key>/episode
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from recap_ds.data.lerobot.entries import EpisodeEntry, VideoSpan, check_entries, path_from_template
+from recap_ds.data.lerobot.entries import EpisodeEntry, VideoSpan, check_listed, path_from_template
 from recap_ds.data.lerobot.tables import one_line
 from recap_ds.errors import UsageError
 
@@ -20,14 +21,22 @@ def read_tasks(root: Path) -> dict[int, str]:
     return {row["task_index"]: row["task"] for row in _read_rows(root / "meta" / "tasks.jsonl", "task_index", task=str)}
 
 
-def read_entries(root: Path, info: dict[str, Any], video_keys: list[str]) -> tuple[EpisodeEntry, ...]:
+def read_entries(
+    root: Path, info: dict[str, Any], video_keys: list[str], skipped: Collection[int]
+) -> tuple[EpisodeEntry, ...]:
+    """By index, without the ``skipped``, of which nothing is asked but their place in the list."""
     path = root / "meta" / "episodes.jsonl"
     chunk_size = info.get("chunks_size", EPISODES_PER_CHUNK)
     if type(chunk_size) is not int or chunk_size < 1:
         raise UsageError(f"{root}/meta/info.json: chunks_size is {chunk_size!r}, it must be a whole number above 0")
+    rows = _read_rows(path, "episode_index", length=int)
+    if not rows:
+        raise UsageError(f"{path}: lists no episode; the data set is incomplete, copy it again")
     entries = []
-    for row in _read_rows(path, "episode_index", length=int):
+    for row in sorted(rows, key=lambda row: row["episode_index"]):
         index, length = row["episode_index"], row["length"]
+        if index in skipped:
+            continue
         if length < 1:
             raise UsageError(f"{path}: episode {index} has length {length}; remove it from the data set")
         parts = {"episode_index": index, "episode_chunk": index // chunk_size}
@@ -36,10 +45,7 @@ def read_entries(root: Path, info: dict[str, Any], video_keys: list[str]) -> tup
             for key in video_keys
         }
         entries.append(EpisodeEntry(index, length, path_from_template(root, info, "data_path", parts), videos))
-    if not entries:
-        raise UsageError(f"{path}: lists no episode; the data set is incomplete, copy it again")
-    entries.sort(key=lambda entry: entry.index)
-    check_entries(tuple(entries), info, path)
+    check_listed([(row["episode_index"], row["length"]) for row in rows], info, path)
     return tuple(entries)
 
 

@@ -4,10 +4,11 @@ meta/tasks.parquet             task_index and the task's text (the pandas index,
 meta/episodes/*/*.parquet      one row per episode: length, data file, and per camera a video file and a time span in it
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from recap_ds.data.lerobot.entries import EpisodeEntry, VideoSpan, check_entries, path_from_template
+from recap_ds.data.lerobot.entries import EpisodeEntry, VideoSpan, check_listed, path_from_template
 from recap_ds.data.lerobot.tables import open_parquet, read_table
 from recap_ds.errors import UsageError
 
@@ -28,7 +29,10 @@ def read_tasks(root: Path) -> dict[int, str]:
     return dict(zip(table["task_index"].to_pylist(), table[text_column].to_pylist(), strict=True))
 
 
-def read_entries(root: Path, info: dict[str, Any], video_keys: list[str]) -> tuple[EpisodeEntry, ...]:
+def read_entries(
+    root: Path, info: dict[str, Any], video_keys: list[str], skipped: Collection[int]
+) -> tuple[EpisodeEntry, ...]:
+    """By index, without the ``skipped``, of which nothing is asked but their place in the list."""
     folder = root / "meta" / "episodes"
     paths = sorted(folder.glob("*/*.parquet"))
     if not paths:
@@ -44,8 +48,8 @@ def read_entries(root: Path, info: dict[str, Any], video_keys: list[str]) -> tup
     columns += [f"videos/{key}/{part}" for key in video_keys for part in VIDEO_PARTS]
     rows = [row for path in paths for row in read_table(path, columns).to_pylist()]
     rows.sort(key=lambda row: row["episode_index"])
-    entries = tuple(_entry(root, info, row, video_keys) for row in rows)
-    check_entries(entries, info, folder)
+    entries = tuple(_entry(root, info, row, video_keys) for row in rows if row["episode_index"] not in skipped)
+    check_listed([(row["episode_index"], row["length"]) for row in rows], info, folder)
     return entries
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recap_ds.data.lerobot import layout_v2, layout_v3
-from recap_ds.data.lerobot.entries import EpisodeEntry
+from recap_ds.data.lerobot.entries import EpisodeEntry, check_files
 from recap_ds.data.lerobot.tables import one_line
 from recap_ds.errors import UsageError
 
@@ -36,14 +36,20 @@ class DatasetMetadata:
     left_out_cameras: tuple[str, ...]  # keys: depth maps, which the shards have no place for, and what nobody chose
     tasks: dict[int, str]
     episodes: tuple[EpisodeEntry, ...]  # by index
+    skipped_episodes: tuple[int, ...] = ()  # which the data set has as well
 
     @property
     def num_frames(self) -> int:
         return sum(episode.num_frames for episode in self.episodes)
 
 
-def load_metadata(root: Path, camera_names: Mapping[str, str] | None = None) -> DatasetMetadata:
-    """``camera_names``: new name -> feature key, or the name it would have; only these cameras are read. None: all."""
+def load_metadata(
+    root: Path, camera_names: Mapping[str, str] | None = None, skip_episodes: tuple[int, ...] = ()
+) -> DatasetMetadata:
+    """``camera_names``: new name -> feature key, or the name it would have; only these cameras are read. None: all.
+
+    ``skip_episodes``: broken ones, say; their files may even be missing.
+    """
     info_path = root / "meta" / "info.json"
     info = _read_info(info_path)
     features = info["features"]
@@ -59,6 +65,11 @@ def load_metadata(root: Path, camera_names: Mapping[str, str] | None = None) -> 
             )
     layout = layout_v3 if info["codebase_version"].startswith("v3") else layout_v2
     read = {camera.key for camera in cameras}
+    video_keys = [camera.key for camera in cameras if camera.stored_as == "video"]
+    episodes = layout.read_entries(root, info, video_keys, skip_episodes)
+    if not episodes:
+        raise UsageError(f"--skip-episodes: leaves no episode of {root}")
+    check_files(episodes)
     return DatasetMetadata(
         root=root,
         version=info["codebase_version"],
@@ -67,7 +78,8 @@ def load_metadata(root: Path, camera_names: Mapping[str, str] | None = None) -> 
         cameras=cameras,
         left_out_cameras=tuple(key for key in keys if key not in read),
         tasks=layout.read_tasks(root),
-        episodes=layout.read_entries(root, info, [camera.key for camera in cameras if camera.stored_as == "video"]),
+        episodes=episodes,
+        skipped_episodes=skip_episodes,
     )
 
 

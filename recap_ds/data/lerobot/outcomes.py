@@ -56,7 +56,8 @@ def read_outcomes(
     inside = metadata.root / LABELS_IN_DATASET
     if labels_path is None and inside.is_file():
         labels_path = inside
-    labels = {} if labels_path is None else read_labels(labels_path, {entry.index for entry in metadata.episodes})
+    known = {entry.index for entry in metadata.episodes}.union(metadata.skipped_episodes)
+    labels = {} if labels_path is None else read_labels(labels_path, known)
     recorded = dict(read_recorded(metadata))
     final_rewards = read_final_rewards(metadata)
     progress = {} if success_progress is None else read_final_progress(metadata)

@@ -27,6 +27,7 @@ class ImportOptions:
     name: str  # of the data set, in episode names
     state_keys: tuple[str, ...] = ("observation.state",)  # columns, concatenated
     action_keys: tuple[str, ...] = ("action",)  # columns, concatenated
+    task: str | None = None  # of every episode; None = as meta/tasks says
     labels: Path | None = None  # CSV of outcomes
     success_progress: float | None = None  # of SARM, from which on an episode succeeded; None = it is not asked
     fps: float | None = None  # resample to this rate; None keeps the native one
@@ -107,7 +108,7 @@ def _episode(metadata: DatasetMetadata, options: ImportOptions, rows: EpisodeRow
         flags = as_flags(rows.columns[human_name], human_name, rows.entry.data_path)
         human = human_mask(flags, options.source, name)
     _check_timestamps(metadata, rows, name)
-    task = _task(metadata, rows, name)
+    task = options.task or _task(metadata, rows, name)
     return Episode(
         name=name,
         task=task,
@@ -176,10 +177,13 @@ def _check_timestamps(metadata: DatasetMetadata, rows: EpisodeRows, name: str) -
 def _task(metadata: DatasetMetadata, rows: EpisodeRows, name: str) -> str:
     indices = np.unique(rows.columns["task_index"]).tolist()
     if len(indices) != 1:
-        raise UsageError(f"episode {name}: has tasks {indices}; RECAP needs one task per episode, split it first")
+        raise UsageError(f"episode {name}: has tasks {indices}; RECAP needs one task per episode: give one with --task")
     if indices[0] not in metadata.tasks:
         raise UsageError(f"episode {name}: task_index {indices[0]} is not in meta/tasks")
-    return metadata.tasks[indices[0]]
+    text = metadata.tasks[indices[0]]
+    if not isinstance(text, str) or not text.strip():
+        raise UsageError(f"episode {name}: task {indices[0]} has no text in meta/tasks; give it one with --task")
+    return text
 
 
 def _frame_reader(metadata: DatasetMetadata, rows: EpisodeRows, name: str, step: float) -> EpisodeFrames:

@@ -164,6 +164,14 @@ def test_labels_override_the_columns_and_fill_what_they_lack(tmp_path):
     assert outcomes_of(tmp_path / "set", "auto", labels=labels) == ["success", "truncated", "failure"]
 
 
+def test_labels_may_name_skipped_episodes(tmp_path):
+    write_dataset(tmp_path, LENGTHS)
+    (tmp_path / "meta/episode_labels.csv").write_text("episode_index,success\n0,true\n1,false\n2,yes\n")
+    metadata = load_metadata(tmp_path, skip_episodes=(0,))
+    episodes = read_episodes(metadata, ImportOptions(source="auto", name="set"))
+    assert [episode.outcome for episode in episodes] == ["failure", "success"]
+
+
 def test_labels_inside_the_data_set_are_found(tmp_path):
     write_dataset(tmp_path, LENGTHS)
     (tmp_path / "meta/episode_labels.csv").write_text("episode_index,success\n0,true\n1,false\n2,yes\n")

@@ -122,6 +122,25 @@ def test_action_columns_are_concatenated_too(tmp_path):
         episodes_of(tmp_path, action_keys=("act",))
 
 
+def test_broken_episodes_can_be_left_out(tmp_path):
+    write_dataset(tmp_path, LENGTHS)
+    spoil("action", 16, [1.0, float("nan")])(tmp_path)
+    metadata = load_metadata(tmp_path, skip_episodes=(1,))
+    episodes = read_episodes(metadata, ImportOptions(source="demo", name="set"))
+    assert [episode.name for episode in episodes] == ["set/0", "set/2"]
+    with pytest.raises(UsageError, match="--skip-episodes: leaves no episode"):
+        load_metadata(tmp_path, skip_episodes=(0, 1, 2))
+
+
+@pytest.mark.parametrize("text", ["", " ", None])
+def test_a_task_without_words_needs_some(tmp_path, text):
+    write_dataset(tmp_path, LENGTHS)
+    edit_column(tmp_path / "meta/tasks.parquet", "__index_level_0__", lambda values: values.__setitem__(1, text))
+    with pytest.raises(UsageError, match="episode set/1: task 1 has no text in meta/tasks; give it one with --task"):
+        episodes_of(tmp_path)
+    assert {episode.prompt for episode in episodes_of(tmp_path, task="open it")} == {"open it"}
+
+
 def test_targets_become_changes_in_the_dims_asked_for(demo):
     first, *_ = episodes_of(demo, absolute_actions=True, delta_dims=(1,))
     expected = actions(0, LENGTHS[0])
