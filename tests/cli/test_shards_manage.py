@@ -6,6 +6,7 @@ import pytest
 from recap_ds.cli import shards
 from recap_ds.errors import UsageError
 from tests.data.made_episodes import made_episode, write
+from tests.data.test_group_stats import tell_another_mean
 
 
 def run(*words):
@@ -32,9 +33,7 @@ def test_stats_are_printed_written_and_held_against_the_manifest(tmp_path, capsy
     assert json.loads((tmp_path / "stats.json").read_text())["sort"]["action"]["count"] == [7]
     with pytest.raises(UsageError, match="--out"):
         run("stats", tmp_path, "--out", tmp_path / "missing" / "stats.json")
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest["statistics"]["demo"]["state"]["std"][0] *= 2
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    tell_another_mean(tmp_path, "demo", "state")
     assert run("stats", tmp_path) == 1
     assert "its statistics of state in demo are not those of the samples; mend it with" in capsys.readouterr().err
 

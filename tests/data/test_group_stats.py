@@ -40,10 +40,16 @@ def test_lerobots_names(folder):
     assert set(lerobot_statistics(group_statistics(folder, "source"))["demo"]) == {"observation.state", "action"}
 
 
+def tell_another_mean(folder, source, feature):
+    manifest = Manifest.load(folder)
+    stats = manifest.statistics[source][feature]
+    wrong = stats.model_copy(update={"mean": (stats.mean[0] + 0.01, *stats.mean[1:])})
+    statistics = {**manifest.statistics, source: {**manifest.statistics[source], feature: wrong}}
+    manifest.model_copy(update={"statistics": statistics}).save(folder)
+
+
 def test_a_manifest_that_tells_other_figures_is_found(folder):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["statistics"]["auto"]["actions"]["mean"][1] += 0.01
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    tell_another_mean(folder, "auto", "actions")
     (line,) = disagreements(folder, group_statistics(folder, "source"))
     assert line == "manifest.json: its statistics of actions in auto are not those of the samples"
 
