@@ -3,6 +3,7 @@
 import sys
 
 from recap_ds.cli.evaluate import main
+from recap_ds.errors import leave
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

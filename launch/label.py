@@ -3,7 +3,8 @@
 import sys
 
 from recap_ds.cli.label import main
+from recap_ds.errors import leave
 
 # The guard matters: data workers import this file again.
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

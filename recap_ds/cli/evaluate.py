@@ -28,7 +28,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--compare", metavar="CHECKPOINT", help="with --env: another policy on the same episodes")
     parser.add_argument("--critic", metavar="CHECKPOINT", help="with --env: whose value films show (default: the own)")
-    parser.add_argument("--out", metavar="JSON", help="default: evaluation_results.json in the export's folder")
+    parser.add_argument("--out", metavar="JSON", help="films go beside it (default: in the export's folder)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="evaluation.*, env.* and data.* settings"
@@ -44,6 +44,8 @@ def run(arguments: Sequence[str]) -> int:
     for flag in ("episodes", "compare", "critic"):
         if parsed.env is None and vars(parsed)[flag] is not None:
             parser.error(f"--{flag} needs --env")
+    if parsed.out and not parsed.out.endswith(".json"):
+        parser.error(f"--out {parsed.out}: names the JSON file, such as {parsed.out.rstrip('/')}/results.json")
     from recap_ds.checkpoint.on_demand import export_of
     from recap_ds.distributed.runtime import read_rank_info, start_runtime, stop_runtime
     from recap_ds.errors import UsageError

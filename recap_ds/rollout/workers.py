@@ -136,15 +136,18 @@ def _serve(pipe: Connection, settings: WorldSettings, rules: PlayRules) -> None:
     except BrokenPipeError:
         return
     except PersonLeft:
-        # Where the parent has ended there is nobody to tell.
-        with suppress(BrokenPipeError):
-            pipe.send(_Left())
+        _say_last(pipe, _Left())
     except UsageError as error:
-        pipe.send(_Failure(str(error), is_usage=True))
+        _say_last(pipe, _Failure(str(error), is_usage=True))
     # Whatever a simulator throws: the parent reports it, and the traceback is for whoever wrote the simulator.
     except Exception as error:
         traceback.print_exc()
-        pipe.send(_Failure(f"--env {settings.name}: {type(error).__name__}: {error}", is_usage=False))
+        _say_last(pipe, _Failure(f"--env {settings.name}: {type(error).__name__}: {error}", is_usage=False))
+
+
+def _say_last(pipe: Connection, words: _Left | _Failure) -> None:
+    with suppress(BrokenPipeError):  # another process of this rank was heard first, or the parent has ended
+        pipe.send(words)
 
 
 def _open_corrector(env: Environment, rules: PlayRules) -> Corrector:

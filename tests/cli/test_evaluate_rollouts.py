@@ -39,6 +39,7 @@ def test_wrong_calls_end_in_one_line(export, tmp_path, capsys):
         ([*here, "--shards", "x", "--episodes", "3"], "--episodes needs --env"),
         ([*here, "--shards", "x", "--compare", "y"], "--compare needs --env"),
         ([*here, "--shards", "x", "--critic", "y"], "--critic needs --env"),
+        ([*here, "--shards", "x", "--out", "there/"], "--out there/: names the JSON file, such as there/results.json"),
         ([*here, "--env", "reach", "--episodes", "0"], "'0' is not a whole number of at least 1"),
         ([*here, "--env", "reaches"], "--env reaches: unknown"),
         ([*here, "--env", "reach", "--compare", str(tmp_path)], str(tmp_path)),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from multiprocessing import Pipe
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from recap_ds.config import CollectConfig, EnvConfig
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.rollout.episode import EpisodePlan, Look, PlayRules
-from recap_ds.rollout.workers import Workers, WorldSettings
+from recap_ds.rollout.workers import Workers, WorldSettings, _Failure, _say_last
 
 CART = "tests.envs.fake_world:Cart"
 RULES = PlayRules(CollectConfig(), seed=0)
@@ -55,3 +56,9 @@ def test_what_goes_wrong_in_a_process_is_raised_here(capfd):
         with pytest.raises(RunFailed, match=f"--env {CART}: ZeroDivisionError: a simulator's own fault"):
             workers.receive([0])
     assert "Traceback" in capfd.readouterr().err  # of the simulator, for whoever wrote it
+
+
+def test_a_process_that_fails_after_another_was_heard_adds_no_traceback():
+    heard, failing = Pipe()
+    heard.close()
+    _say_last(failing, _Failure("env.success_key: no such key", is_usage=True))
