@@ -141,7 +141,7 @@ def _apply_override(values: dict, text: str) -> None:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(part) for part in first["loc"] if part != "[key]")  # pydantic's mark of a table's own keys
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # our own rules name their keys themselves
         return message

@@ -24,6 +24,8 @@ import numpy as np
 
 from recap_ds.errors import UsageError
 
+# Numbers of so many samples are some 25 MiB: a copy per process is cheaper than a file.
+MAX_SAMPLES_IN_MEMORY = 2**18
 ALIGNMENT = 4096
 KEPT_SECONDS = 7 * 24 * 3600.0
 SUFFIX = ".arrays"
@@ -60,6 +62,13 @@ class ArrayFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ArrayFile, (self.path,)
+
+
+Stored = ArrayFile | Mapping[str, np.ndarray]  # a data set's arrays, mapped or in memory
+
+
+def arrays_of(stored: Stored) -> Mapping[str, np.ndarray]:
+    return stored.arrays if isinstance(stored, ArrayFile) else stored
 
 
 def shared_arrays(name: str, plan: Callable[[], tuple[Mapping[str, Layout], Fill]]) -> ArrayFile:

@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from recap_ds.algo.advantage import INDICATOR_IDS
+from recap_ds.data import array_file
+from recap_ds.data.array_file import Layout, Stored, arrays_of, shared_arrays
 from recap_ds.data.label_records import LABELS_NAME, LabelRecord, load_record, save_record
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.data.sidecars import (
@@ -35,6 +37,8 @@ from recap_ds.errors import UsageError
 from recap_ds.files.records import file_problems, record_file
 
 MAX_RECORD_BYTES = 2**28  # of labels that are fetched
+# Of the mapped labels.
+FORMAT = "labels-1"
 INDICATOR_NAMES = {number: name for name, number in INDICATOR_IDS.items()}
 
 
@@ -50,14 +54,23 @@ class LabelSet:
     """Labels of a whole shard set by sample id, as training reads them. Picklable."""
 
     record: LabelRecord
-    advantage: np.ndarray  # [N] float32, 0 where it is not known
-    indicator: np.ndarray  # [N] int64, INDICATOR_IDS
+    stored: Stored  # advantage and indicator; of a large set mapped, so that no worker copies them
     sigma: np.ndarray  # [K] float32 by task id, inf where no advantage was ranked
+
+    @property
+    def advantage(self) -> np.ndarray:
+        """[N] float32, 0 where it is not known."""
+        return arrays_of(self.stored)["advantage"]
+
+    @property
+    def indicator(self) -> np.ndarray:
+        """[N] int8, INDICATOR_IDS."""
+        return arrays_of(self.stored)["indicator"]
 
     @classmethod
     def open(cls, shard_set: ShardSet, tag: str, max_length: Mapping[str, int] | None = None) -> "LabelSet":
         """``max_length``: the L_task that the run measures in, where it has one; labels in another are refused."""
-        record, columns = read_labels(shard_set, tag)
+        record = read_label_record(shard_set, tag)
         for task, frames in (max_length or {}).items():
             if task in record.values.max_length and record.values.max_length[task] != frames:
                 raise UsageError(
@@ -65,12 +78,26 @@ class LabelSet:
                     f"{record.values.max_length[task]}; set value.max_length.{task}={record.values.max_length[task]}"
                 )
         sigma = [record.tasks[task].sigma for task in shard_set.manifest.tasks]
-        return cls(
-            record,
-            np.nan_to_num(columns.advantage, nan=0.0),
-            columns.indicator,
-            np.array([np.inf if value is None else value for value in sigma], np.float32),
-        )
+        sigma_array = np.array([np.inf if value is None else value for value in sigma], np.float32)
+        return cls(record, _stored_labels(shard_set, tag, record), sigma_array)
+
+
+def _stored_labels(shard_set: ShardSet, tag: str, record: LabelRecord) -> Stored:
+    layouts = {
+        "advantage": Layout("<f4", (shard_set.num_samples,)),
+        "indicator": Layout("|i1", (shard_set.num_samples,)),
+    }
+
+    def fill(arrays: Mapping[str, np.ndarray]) -> None:
+        columns = _read_columns(shard_set, tag)
+        arrays["advantage"][...] = np.nan_to_num(columns.advantage, nan=0.0)
+        arrays["indicator"][...] = columns.indicator
+
+    if shard_set.num_samples > array_file.MAX_SAMPLES_IN_MEMORY:
+        return shared_arrays(f"{FORMAT}-{record.content_hash()[:32]}", lambda: (layouts, fill))
+    arrays = {name: np.empty(layout.shape, layout.dtype) for name, layout in layouts.items()}
+    fill(arrays)
+    return arrays
 
 
 def labels_folder(shards: str | Path, tag: str) -> Path:
@@ -142,9 +169,13 @@ def _mend(tag: str, record: LabelRecord) -> str:
 
 def read_labels(shard_set: ShardSet, tag: str) -> tuple[LabelRecord, LabelColumns]:
     """Every sample's labels; UsageError as ``read_label_record``."""
-    record, folder = read_label_record(shard_set, tag), labels_folder(shard_set.folder, tag)
+    return read_label_record(shard_set, tag), _read_columns(shard_set, tag)
+
+
+def _read_columns(shard_set: ShardSet, tag: str) -> LabelColumns:
+    folder = labels_folder(shard_set.folder, tag)
     table = read_all(shard_set, folder, ["value", "return", "advantage", "indicator"])
     indicator = table["indicator"].combine_chunks().dictionary_encode()
     ids = np.array([INDICATOR_IDS[name] for name in indicator.dictionary.to_pylist()], np.int64)
     value, returns, advantage = (floats(table[name]) for name in ("value", "return", "advantage"))
-    return record, LabelColumns(value, returns, advantage, ids[indicator.indices.to_numpy()])
+    return LabelColumns(value, returns, advantage, ids[indicator.indices.to_numpy()])

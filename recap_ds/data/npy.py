@@ -6,6 +6,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +20,28 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 def npy_array(data: bytes) -> np.ndarray:
     """The other way. ValueError for anything but one whole plain array; never unpickles, never trusts a size."""
-    buffer = io.BytesIO(data)
-    version = np.lib.format.read_magic(buffer)
+    version = np.lib.format.read_magic(io.BytesIO(data))
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"npy version {version} is not read here")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    start = 10 if version == (1, 0) else 12
+    end = start + int.from_bytes(data[8:start], "little")
+    shape, fortran_order, dtype = _parse_header(version, data[8:end])
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data) - end:
+        raise ValueError(f"{len(data) - end} bytes of data for shape {list(shape)} of {dtype}")
+    flat = np.frombuffer(data, dtype=dtype, offset=end)
+    return flat.reshape(shape, order="F" if fortran_order else "C")
+
+
+@lru_cache(maxsize=256)  # every sample of a data set has the same few, and parsing one takes longer than all else here
+def _parse_header(version: tuple[int, int], header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
-        shape, fortran_order, dtype = read_header(buffer)
+        shape, fortran_order, dtype = read(io.BytesIO(header))
     except (SyntaxError, tokenize.TokenError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"damaged npy header ({error})") from None
     if dtype.hasobject:
         raise ValueError("an object array would need pickle")
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():
-        raise ValueError(f"{len(data) - buffer.tell()} bytes of data for shape {list(shape)} of {dtype}")
-    flat = np.frombuffer(data, dtype=dtype, offset=buffer.tell())
-    return flat.reshape(shape, order="F" if fortran_order else "C")
+    return shape, fortran_order, dtype
 
 
 def npz_arrays(path: Path) -> dict[str, np.ndarray]:

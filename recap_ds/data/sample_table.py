@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recap_ds.data.array_file import ArrayFile, Fill, Layout, shared_arrays
+from recap_ds.data import array_file
+from recap_ds.data.array_file import Fill, Layout, Stored, arrays_of, shared_arrays
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.manifest import Manifest, ShardEntry
 from recap_ds.errors import UsageError
 
-# A table of so many is 25 MiB: a copy per process is cheaper than a file.
-MAX_SAMPLES_IN_MEMORY = 2**18
 # A sample's members span less than this; the table keeps their places relative to the first one in 32 bits.
 MAX_SAMPLE_BYTES = 2**31 - 1
 FORMAT = "samples-1"
@@ -70,8 +69,8 @@ class Names(Sequence[str]):
 class SetIndex:
     """The numbers of a whole shard set. Picklable: a large one as the name of the file that holds it."""
 
-    def __init__(self, suffixes: tuple[str, ...], stored: ArrayFile | Mapping[str, np.ndarray]):
-        arrays = stored.arrays if isinstance(stored, ArrayFile) else stored
+    def __init__(self, suffixes: tuple[str, ...], stored: Stored):
+        arrays = arrays_of(stored)
         self._stored = stored
         self.suffixes = suffixes  # sorted
         self.episodes = Names(arrays["episode_text"], arrays["episode_ends"])  # by the ids of table.episode
@@ -91,7 +90,7 @@ class _Survey(NamedTuple):
 
 def open_set_index(folder: Path, manifest: Manifest, load: Callable[[ShardEntry], ShardIndex]) -> SetIndex:
     """``load`` reads one shard's index; UsageError where shards and manifest disagree."""
-    if manifest.num_samples <= MAX_SAMPLES_IN_MEMORY:
+    if manifest.num_samples <= array_file.MAX_SAMPLES_IN_MEMORY:
         indices = [load(entry) for entry in manifest.shards]
         survey = _survey(indices)
         arrays = {name: np.empty(layout.shape, layout.dtype) for name, layout in _layouts(manifest, survey).items()}

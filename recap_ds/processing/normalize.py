@@ -100,7 +100,8 @@ class Normalizer(NamedTuple):
 
 
 def _pad(values: Array, width: int) -> Array:
-    missing = width - values.shape[-1]
     if isinstance(values, torch.Tensor):
-        return torch.nn.functional.pad(values, (0, missing))
-    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+        return torch.nn.functional.pad(values, (0, width - values.shape[-1]))
+    padded = np.zeros((*values.shape[:-1], width), values.dtype)  # np.pad takes ten times as long
+    padded[..., : values.shape[-1]] = values
+    return padded

@@ -153,7 +153,8 @@ def test_labels_are_the_samples_own_and_zeros_without_any(tmp_path):
     check_close(plain.label_indicator, [0, 0])
     check_close(plain.label_advantage, [0.0, 0.0])
     frame = shard_set.table.frame
-    labels = LabelSet(None, 0.1 * frame.astype(np.float32), frame.astype(np.int64) % 3, np.ones(1, np.float32))
+    stored = {"advantage": 0.1 * frame.astype(np.float32), "indicator": (frame % 3).astype(np.int8)}
+    labels = LabelSet(None, stored, np.ones(1, np.float32))
     batch = batch_of(shard_set, [5, 0, 3], labels=labels)
     assert batch.label_indicator.dtype == torch.int64
     check_close(batch.label_indicator, [2, 0, 0])

@@ -1,6 +1,7 @@
 """Sidecars: what is written comes back by sample id, and what does not belong to the shards is refused."""
 
 import pickle
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recap_ds.algo.advantage import INDICATOR_IDS
+from recap_ds.data import array_file
 from recap_ds.data.label_records import LabelRecord, TaskLabels, ValuesRecord, check_tag
 from recap_ds.data.labels import LabelColumns, LabelSet, labels_folder, read_labels, write_labels
 from recap_ds.data.shard_set import ShardSet
@@ -74,8 +76,21 @@ def test_labels_come_back_by_sample_id(shard_set):
     labels = pickle.loads(pickle.dumps(LabelSet.open(shard_set, "back")))
     np.testing.assert_array_equal(labels.advantage, np.nan_to_num(columns.advantage))
     np.testing.assert_array_equal(labels.indicator, columns.indicator)
-    assert labels.advantage.dtype == np.float32 and labels.indicator.dtype == np.int64
+    assert labels.advantage.dtype == np.float32 and labels.indicator.dtype == np.int8
     assert list(shard_set.manifest.tasks) == ["cube", "cup"] and labels.sigma.tolist() == [0.25, np.inf]
+
+
+def test_labels_of_a_large_set_are_mapped(shard_set, monkeypatch, tmp_path):
+    columns = write_random_labels(shard_set, "mapped")
+    monkeypatch.setattr(array_file, "MAX_SAMPLES_IN_MEMORY", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for _ in range(2):  # made, and found
+        labels = pickle.loads(pickle.dumps(LabelSet.open(shard_set, "mapped")))
+        np.testing.assert_array_equal(labels.advantage, np.nan_to_num(columns.advantage))
+        np.testing.assert_array_equal(labels.indicator, columns.indicator)
+    assert len(pickle.dumps(labels.stored)) < 300 and len(list(tmp_path.rglob("*.arrays"))) == 1
+    changed = write_random_labels(shard_set, "mapped", seed=1)
+    np.testing.assert_array_equal(LabelSet.open(shard_set, "mapped").indicator, changed.indicator)
 
 
 def test_label_files_are_plain_tables_beside_the_shards(shard_set):

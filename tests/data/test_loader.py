@@ -10,7 +10,7 @@ import torch
 
 from recap_ds.batch import SOURCE_IDS, TransitionBatch, map_tensors
 from recap_ds.config import BatchSizes, PiStarRECAPConfig
-from recap_ds.data import sample_table
+from recap_ds.data import array_file
 from recap_ds.data.assemble import Assembler
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.loader import MAX_ATTEMPTS, TransitionDataset, build_train_loader
@@ -76,7 +76,7 @@ def test_workers_change_nothing_but_the_waiting(shards, monkeypatch, tmp_path):
     three = tiny_config(data={"num_workers": 3})
     # As with a large set, whose table they map.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(sample_table, "MAX_SAMPLES_IN_MEMORY", 0)
+    monkeypatch.setattr(array_file, "MAX_SAMPLES_IN_MEMORY", 0)
     dataset = dataset_of(ShardSet.open(shards.folder), three)
     assert len(list(tmp_path.rglob("*.arrays"))) == 1
     in_memory, table = dataset_of(shards, three), sum(column.nbytes for column in shards.table)

@@ -8,7 +8,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from recap_ds.data import array_file, sample_table
+from recap_ds.data import array_file
 from recap_ds.data.array_file import Layout, shared_arrays
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.shard_set import ShardSet
@@ -27,7 +27,7 @@ def node(tmp_path, monkeypatch):
 
 @pytest.fixture
 def mapped(monkeypatch):
-    monkeypatch.setattr(sample_table, "MAX_SAMPLES_IN_MEMORY", 0)
+    monkeypatch.setattr(array_file, "MAX_SAMPLES_IN_MEMORY", 0)
 
 
 def files(node) -> list[str]:
@@ -44,7 +44,7 @@ def assert_same(one: ShardSet, other: ShardSet) -> None:
 def test_a_mapped_table_is_that_of_memory_and_is_pickled_by_name(tmp_path, node, monkeypatch):
     plain = mixed_set(tmp_path / "shards")
     assert files(node) == []
-    monkeypatch.setattr(sample_table, "MAX_SAMPLES_IN_MEMORY", 0)
+    monkeypatch.setattr(array_file, "MAX_SAMPLES_IN_MEMORY", 0)
     mapped = ShardSet.open(tmp_path / "shards")
     assert_same(mapped, plain)
     copied = pickle.dumps(mapped.index)
