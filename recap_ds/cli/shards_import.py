@@ -6,6 +6,7 @@ Parses, builds and calls; what an import does stands in ``data/lerobot`` (readin
 import argparse
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from recap_ds.cli.numbers import count, fraction, ranges, seed
 from recap_ds.config import SOURCES
 from recap_ds.errors import UsageError
 
@@ -30,7 +32,6 @@ MAX_DEFAULT_JOBS = 16
 # OLD of a camera that a data set lacks.
 NO_CAMERA = "none"
 CAMERA_NAME = re.compile(r"[A-Za-z0-9_-]+")  # names of members in a tar, which split at dots
-MAX_LISTED = 2**20  # dims or episodes of a list such as 0-5
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -49,12 +50,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--success-progress",
-        type=_fraction,
+        type=fraction,
         metavar="P",
         help="of sarm_progress.parquet: from which progress at the last frame on an episode succeeded",
     )
     parser.add_argument(
-        "--skip-episodes", type=_ranges, default=(), metavar="LIST", help="leave out these (3,17-19): broken ones, say"
+        "--skip-episodes", type=ranges, default=(), metavar="LIST", help="leave out these (3,17-19): broken ones, say"
     )
     parser.add_argument("--task", metavar="TEXT", help="the task of every episode, instead of what the data set says")
     parser.add_argument(
@@ -74,7 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--action-keys", default="action", metavar="A,B", help="of the actions (default: %(default)s)")
     parser.add_argument(
         "--chunk-size",
-        type=_positive,
+        type=count,
         default=10,
         metavar="H",
         help="actions per sample and frames to the next observation (default: %(default)s)",
@@ -84,12 +85,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--image-size",
-        type=_positive,
+        type=count,
         metavar="PIXELS",
-        help="side of the stored square (default: largest stored side)",
+        help="side of the stored square (default: that of OUT, if new the largest side there is)",
     )
     parser.add_argument(
-        "--stride", type=_positive, default=1, metavar="K", help="start a sample at every K-th frame only (default: 1)"
+        "--stride", type=count, default=1, metavar="K", help="start a sample at every K-th frame only (default: 1)"
     )
     parser.add_argument("--fps", type=float, metavar="F", help="resample to this rate, with --absolute-actions only")
     parser.add_argument(
@@ -97,20 +98,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--delta-actions",
-        type=_ranges,
+        type=ranges,
         default=(),
         metavar="DIMS",
         help="store these dims of absolute actions (0-5 or 0,1,2) as changes: target minus state of the same frame",
     )
-    parser.add_argument("--samples-per-shard", type=_positive, default=1024, metavar="N", help="default: %(default)s")
+    parser.add_argument("--samples-per-shard", type=count, default=1024, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--jobs",
-        type=_positive,
+        type=count,
         default=_default_jobs(),
         metavar="N",
         help="processes for images (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=_not_negative, default=0, help="of the order of samples (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the order of samples (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
@@ -142,9 +143,9 @@ def run(args: argparse.Namespace) -> int:
         delta_dims=args.delta_actions,
         task=args.task,
     )
-    image_size = args.image_size or max(max(camera.height, camera.width) for camera in metadata.cameras)
+    image_size = args.image_size or _image_size(args.out, metadata)
     tally = Tally()
-    with _progress_bars(len(metadata.episodes)) as progress:
+    with _progress_bars(len(metadata.episodes)) as progress, _told_to_stop():
         report = write_shards(
             args.out,
             tally.count(read_episodes(metadata, options)),
@@ -235,6 +236,23 @@ def _progress_bars(num_episodes: int) -> "Iterator[Progress]":
             bar.close()
 
 
+@contextmanager
+def _told_to_stop() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the pictures it has", file=sys.stderr)
+        raise
+
+
+def _image_size(out: Path, metadata: "DatasetMetadata") -> int:
+    from recap_ds.data.manifest import MANIFEST_NAME, Manifest
+
+    if (out / MANIFEST_NAME).exists():
+        return Manifest.load(out).image_size
+    return max(max(camera.height, camera.width) for camera in metadata.cameras)
+
+
 def _dataset_name(name: str) -> str:
     if not name or "/" in name:
         raise UsageError(f"--name {name!r}: a data set's name is not empty and has no slash")
@@ -261,39 +279,3 @@ def _camera(text: str) -> tuple[str, str]:
     if not CAMERA_NAME.fullmatch(new) or not old:
         raise argparse.ArgumentTypeError(f"{text!r} is not NEW=OLD, with letters, digits, '_' and '-' in NEW")
     return new, old
-
-
-def _ranges(text: str) -> tuple[int, ...]:
-    """ "0-2,5" -> (0, 1, 2, 5)."""
-    dims: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        ends = (first, last or first)
-        if not all(end.isdecimal() for end in ends) or int(ends[1]) < int(ends[0]) or int(ends[1]) >= MAX_LISTED:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0-5 or 0,1,2")
-        dims += range(int(ends[0]), int(ends[1]) + 1)
-    return tuple(dict.fromkeys(dims))
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
-    return value
-
-
-def _positive(text: str) -> int:
-    return _whole_number(text, minimum=1)
-
-
-def _not_negative(text: str) -> int:
-    return _whole_number(text, minimum=0)
-
-
-def _whole_number(text: str, minimum: int) -> int:
-    if not text.isdecimal() or int(text) < minimum:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
-    return int(text)

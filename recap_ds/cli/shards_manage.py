@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from recap_ds.cli.numbers import count
+from recap_ds.cli.numbers import count, fraction
 from recap_ds.errors import UsageError
 
 SPLITS = ("source", "dataset", "task", "outcome", "held-out")
@@ -28,7 +28,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         "--by", choices=SPLITS, required=True, help="held-out: the very episodes that training holds out"
     )
     split.add_argument(
-        "--held-out-fraction", type=_fraction, metavar="F", help="data.held_out_fraction of the training meant"
+        "--held-out-fraction", type=fraction, metavar="F", help="data.held_out_fraction of the training meant"
     )
     split.set_defaults(run=run_split)
 
@@ -75,13 +75,3 @@ def run_stats(args: argparse.Namespace) -> int:
     for line in wrong:
         print(f"{line}; mend it with 'recap-ds shards index {args.folder}'", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from recap_ds.cli import shards_import
+from recap_ds.data.lerobot.frames import ParquetFrames
 from recap_ds.data.manifest import Manifest
 from recap_ds.data.verify import verify_shards
 from recap_ds.errors import UsageError
@@ -105,6 +106,26 @@ def test_the_same_import_again_is_known_and_a_changed_one_is_told(tmp_path, caps
         run_import(source, out, "--source", "demo", "--name", "cubes", "--labels", labels)
 
 
+def test_an_import_that_is_stopped_says_that_it_can_go_on(tmp_path, monkeypatch, capsys):
+    source = write_dataset(tmp_path / "cubes", LENGTHS, stored_as="image")
+    read = ParquetFrames.read
+
+    def read_or_stop(self, frames):
+        if "episode" in stop and self.first_row == LENGTHS[0]:
+            raise KeyboardInterrupt
+        return read(self, frames)
+
+    stop = {"episode"}
+    monkeypatch.setattr(ParquetFrames, "read", read_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_import(source, tmp_path / "out", "--source", "demo")
+    assert capsys.readouterr().err == "stopped; the same command goes on with the pictures it has\n"
+    stop.clear()
+    run_import(source, tmp_path / "out", "--source", "demo")
+    assert "went on: pictures of 1 episodes were there" in capsys.readouterr().out
+    assert len(read_samples(tmp_path / "out")) == sum(LENGTHS)
+
+
 def test_sources_join_in_one_folder_and_control_decides_the_source(tmp_path, capsys):
     out = tmp_path / "out"
     write_dataset(tmp_path / "policy", LENGTHS, columns=SUCCESS)
@@ -177,7 +198,7 @@ def test_a_missing_package_is_told_with_the_way_to_install_it(tmp_path, monkeypa
         (["--camera", "a.b=top"], "'a.b=top' is not NEW=OLD"),
         (["--delta-actions", "5-3"], "'5-3' is not a list"),
         (["--delta-actions", "x"], "'x' is not a list"),
-        (["--success-progress", "90"], "'90' is not a number above 0 and at most 1"),
+        (["--success-progress", "90"], "'90' is not a number between 0 and 1"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path, capsys, words, message):
@@ -196,8 +217,8 @@ def test_cameras_are_chosen_and_named_and_may_be_lacking(tmp_path, capsys):
     args = ["--source", "demo", "--chunk-size", 4]
     run_import(tmp_path / "other", out, *args, "--camera", "front=image", "--image-size", 32)
     with pytest.raises(UsageError, match=r"cameras is \('front',\) there but \('top',\) here"):
-        run_import(tmp_path / "set", out, *args, "--image-size", 32)
-    run_import(tmp_path / "set", out, *args, "--camera", "front=observation.images.top", "--image-size", 32)
+        run_import(tmp_path / "set", out, *args)
+    run_import(tmp_path / "set", out, *args, "--camera", "front=observation.images.top")  # the folder says how large
     assert Manifest.load(out).cameras == ("front",)
     assert {sample["front.jpg"].shape for sample in read_samples(out).values()} == {(32, 32, 3)}
 
