@@ -40,6 +40,7 @@ class Look(NamedTuple):
     diagonal: bool = False  # y = x
     from_zero: bool = False
     note: str = ""
+    shows_last: bool = True  # the last value of each line stands in the legend
 
 
 PLAIN = Look()
@@ -69,7 +70,7 @@ def line_chart(title: str, lines: Sequence[Line], look: Look = PLAIN) -> str:
     parts += [_draw(line, x, y) for line in lines]
     text = f"{title}. {'Logarithmic. ' if log else ''}{' '.join(describe(line, look.x_name) for line in lines)}"
     note = ", ".join(part for part in ("log scale" if log else "", look.note) if part)
-    return figure(title, svg(text, parts, HEIGHT), legend(lines), note)
+    return figure(title, svg(text, parts, HEIGHT), legend(lines, look.shows_last), note)
 
 
 def _draw(line: Line, x: Scale, y: Scale) -> str:
@@ -170,13 +171,13 @@ def figure(title: str, picture: str, below: str, note: str = "") -> str:
     return f'<figure class="chart"><figcaption>{escape(title)}{small}</figcaption>{picture}{below}</figure>'
 
 
-def legend(lines: Sequence[Line]) -> str:
-    """The lines by colour, each with its last value."""
+def legend(lines: Sequence[Line], shows_last: bool) -> str:
+    """The lines by colour, with the last value of each where that means something."""
     items = []
     for line in lines:
-        last = _last_known(line.y)
+        last = f" <b>{number(_last_known(line.y))}</b>" if shows_last else ""
         key = f'<svg viewBox="0 0 22 8" aria-hidden="true"><path class="line c{line.color % NUM_COLORS}" d="M1,4H21"/>'
-        items.append(f"<li>{key}</svg>{escape(line.name)} <b>{number(last)}</b></li>")
+        items.append(f"<li>{key}</svg>{escape(line.name)}{last}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 

@@ -162,8 +162,9 @@ def calibration_chart(title: str, groups: Sequence[tuple[float, float, int]]) ->
     if not groups:
         return ""
     values, returns, counts = (np.array(column, np.float64) for column in zip(*groups, strict=True))
-    line = Line("mean return of the group", values, returns)
-    look = Look(x_name="mean value predicted", diagonal=True, note=f"{int(counts.sum()):,} samples; dashed = right")
+    line = Line("mean return that came; dashed: as predicted", values, returns)
+    note = f"{int(counts.sum()):,} samples in groups"
+    look = Look(x_name="mean value predicted", diagonal=True, note=note, shows_last=False)
     return line_chart(title, [line], look)
 
 

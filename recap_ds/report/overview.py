@@ -142,8 +142,8 @@ def _of_several(records: Sequence[RunRecord]) -> Html:
     speeds = [_median(record, SPEED) for record in records]
     if any(speed is not None for speed in speeds):
         rows.append(["samples a second, median", *(number(speed) for speed in speeds)])
-    header = ("last figure of each run; the best one is bold", *(record.name for record in records))
-    return table("Figures that runs are judged by", header, rows)
+    header = ("", *(record.name for record in records))
+    return table("The last figures of each run, the best ones bold", header, rows)
 
 
 def _median(record: RunRecord, metric: str) -> float | None:

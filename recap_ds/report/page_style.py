@@ -73,15 +73,20 @@ svg path.mark{stroke:var(--bad);stroke-width:2;fill:none}
 .legend{list-style:none;margin:4px 0 0;padding:0;display:flex;flex-wrap:wrap;gap:2px 14px;font-size:0.84rem}
 .legend li{overflow-wrap:anywhere;min-width:0}
 .legend svg{display:inline-block;width:22px;height:8px;margin-right:5px;vertical-align:middle}
-.scroll{overflow-x:auto;margin:8px 0}
+.scroll{overflow-x:auto;margin:8px 0;background:
+linear-gradient(to right,var(--page) 40%,transparent) left/40px 100% no-repeat local,
+linear-gradient(to left,var(--page) 40%,transparent) right/40px 100% no-repeat local,
+linear-gradient(to right,var(--edge),transparent) left/14px 100% no-repeat scroll,
+linear-gradient(to left,var(--edge),transparent) right/14px 100% no-repeat scroll}
 .scroll:focus-visible{outline:2px solid var(--link)}
 table{border-collapse:collapse;font-size:0.88rem;min-width:min(100%,420px)}
 caption{text-align:left;font-weight:600;padding:4px 0}
 th,td{text-align:left;padding:4px 12px 4px 0;border-bottom:1px solid var(--edge);vertical-align:top}
 th{font-weight:600;color:var(--soft)}
-tbody th{color:var(--ink);font-weight:500;min-width:9em}
+tbody th{color:var(--ink);font-weight:500;min-width:min(15em,46vw);overflow-wrap:anywhere}
+thead th{vertical-align:bottom}
 td.figure,th.figure{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.text{max-width:34em;overflow-wrap:anywhere}
+td.text{min-width:7em;max-width:34em;overflow-wrap:anywhere}
 .best{font-weight:700}
 details{margin:8px 0}
 summary{cursor:pointer;font-weight:600;padding:4px 0}
@@ -91,7 +96,7 @@ footer{padding:24px 16px 40px}
 .card,.chart{padding:10px}.findings li{padding-left:0}.findings b{position:static;margin-right:6px}}
 @media print{html{font-size:12px}body{background:#fff;font-size:12px}
 nav{display:none}.card,.chart{break-inside:avoid;border-color:#bbb}
-h2,h3{break-after:avoid}.grid{grid-template-columns:repeat(2,1fr)}.scroll{overflow:visible}
+h2,h3{break-after:avoid}.grid{grid-template-columns:repeat(2,1fr)}.scroll{overflow:visible;background:none}
 details::details-content{content-visibility:visible;display:block;block-size:auto}
 a{color:inherit;text-decoration:none}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 """

@@ -140,6 +140,11 @@ def test_success_is_told_with_what_chance_could_do(tmp_path):
     assert "reach: 50% success [30%, 70%] over 20 episodes (positive, beta 2)" in said(path, "good")
     assert "won 6 and lost 1 of the same episodes, which can well be chance (p = 0.12)" in said(path)
     assert "recap-ds collect" in next_steps(*judged(path)[:2])[0]
+    others = made_results(made_entry(0), made_entry(4, (4, 0, 0.125)), made_entry(2, (2, 0, 0.5)))
+    (path / "evaluation_results.json").write_text(json.dumps(others))
+    assert "20% success" in said(path, "note") and "not corrected for being the best of 3" in said(path, "note")
+    (path / "evaluation_results.json").write_text(json.dumps(made_results(made_entry(0))))
+    assert "0% success [0%, 20%]" in said(path, "warn")
 
 
 def test_what_comes_next_follows_the_stage(tmp_path):
