@@ -44,7 +44,10 @@ def find_sources(paths: Sequence[Path]) -> Sources:
     """UsageError for a path that is nothing a report is about."""
     sources = Sources([], [], [])
     for path in paths:
-        _sort(path, sources)
+        try:
+            _sort(path, sources)
+        except OSError as error:
+            raise UsageError(f"RUN {path}: cannot be read ({error.strerror})") from None
     if len(sources.runs) > MAX_RUNS:
         raise UsageError(f"RUN: {len(sources.runs)} runs were named, one page compares up to {MAX_RUNS}; name fewer")
     return Sources(*(list({each.resolve(): each for each in part}.values()) for part in sources))
@@ -68,10 +71,14 @@ def _sort(path: Path, sources: Sources) -> None:
     elif (path / RESULTS_NAME).is_file():
         sources.results.append(path / RESULTS_NAME)
     else:
-        what = "is no run" if path.exists() else "there is no such file or folder"
-        raise UsageError(
-            f"RUN {path}: {what}; name a run folder, an iteration, SHARDS/labels/TAG, or an {RESULTS_NAME}"
-        )
+        raise UsageError(f"RUN {path}: {_what_is_wrong(path)}")
+
+
+def _what_is_wrong(path: Path) -> str:
+    if path.is_dir() and any(is_run(each) for each in path.iterdir()):
+        return f"holds runs and is none; name them, {path}/* for all"
+    what = "is no run" if path.exists() else "there is no such file or folder"
+    return f"{what}; name a run folder, an iteration, SHARDS/labels/TAG, or an {RESULTS_NAME}"
 
 
 def default_out(sources: Sources) -> Path:
@@ -82,7 +89,7 @@ def default_out(sources: Sources) -> Path:
 def build_report(sources: Sources, out: Path) -> Report:
     """``out``: where the page will lie, as films are named relative to it."""
     now = time.time()
-    runs = [judge(read_run(path, name), now) for path, name in zip(sources.runs, run_names(sources.runs), strict=True)]
+    runs = [_judge_run(path, name, now) for path, name in zip(sources.runs, run_names(sources.runs), strict=True)]
     results = [read_evaluation(path) for path in sources.results]
     evaluations = [(each.record.name, evaluation) for each in runs for evaluation in each.record.evaluations]
     evaluations += [(evaluation.checkpoint, evaluation) for evaluation in results]
@@ -108,6 +115,13 @@ def build_report(sources: Sources, out: Path) -> Report:
     written = f"{datetime.fromtimestamp(now, timezone.utc):%Y-%m-%d %H:%M} UTC"
     page = whole_page(", ".join(dict.fromkeys(names)), f"recap_ds {__version__}, written {written}", chapters)
     return Report(page, [printable(each.line) for each in runs])
+
+
+def _judge_run(path: Path, name: str, now: float) -> Judged:
+    try:
+        return judge(read_run(path, name), now)
+    except OSError as error:
+        raise UsageError(f"RUN {path}: cannot be read ({error.strerror})") from None
 
 
 def check_out(out: Path) -> Path:

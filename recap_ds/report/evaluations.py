@@ -1,6 +1,7 @@
 """``evaluation_results.json`` as the report reads it: whole, or refused with the place that is not as it should be."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +118,7 @@ def _held_out(results: dict[str, Any]) -> HeldOut:
 
 
 def _action_error(group: str, figures: dict[str, Any]) -> ActionError:
-    error, constant = float(figures["error"]), float(figures["constant_error"])
+    error, constant = _number(figures["error"]), _number(figures["constant_error"])
     return ActionError(group, error, constant, _optional(figures["ratio"]), int(figures["num_samples"]))
 
 
@@ -128,12 +129,15 @@ def _value_figures(name: str, figures: dict[str, Any]) -> ValueFigures:
         name,
         int(figures["num_samples"]),
         *(_optional(figures[each]) for each in names),
-        tuple((float(g["mean_value"]), float(g["mean_return"]), int(g["num_samples"])) for g in groups),
+        tuple((_number(g["mean_value"]), _number(g["mean_return"]), int(g["num_samples"])) for g in groups),
     )
 
 
 def _bars(histogram: dict[str, Any]) -> Bars:
-    return Bars(float(histogram["low"]), float(histogram["high"]), [int(count) for count in histogram["counts"]])
+    bars = Bars(_number(histogram["low"]), _number(histogram["high"]), [int(count) for count in histogram["counts"]])
+    if not bars.high > bars.low:
+        raise ValueError("a histogram over no range")
+    return bars
 
 
 def _rollouts(results: dict[str, Any], folder: Path) -> Rollouts:
@@ -146,12 +150,12 @@ def _entry(entry: dict[str, Any], folder: Path) -> Entry:
     beta = entry["guidance_beta"]
     return Entry(
         str(entry["checkpoint"]),
-        "no indicator" if indicator is None else f"{indicator}, beta {float(beta):g}",
+        "no indicator" if indicator is None else f"{indicator}, beta {_number(beta):g}",
         _rate(entry),
         {task: _rate(figures) for task, figures in entry["tasks"].items()},
         0 if paired is None else int(paired["only_this"]),
         0 if paired is None else int(paired["only_reference"]),
-        None if paired is None else float(paired["p_value"]),
+        None if paired is None else _number(paired["p_value"]),
         tuple(
             Film(folder, folder / episode["video"], int(episode["episode"]), bool(episode["success"]))
             for episode in entry["episodes"]
@@ -165,13 +169,21 @@ def _rate(figures: dict[str, Any]) -> Rate:
     return Rate(
         int(figures["num_episodes"]),
         int(figures["num_successes"]),
-        float(figures["success_rate"]),
-        (float(low), float(high)),
-        float(figures["successes_per_hour"]),
-        (float(slow), float(fast)),
-        float(figures["mean_frames"]),
+        _number(figures["success_rate"]),
+        (_number(low), _number(high)),
+        _number(figures["successes_per_hour"]),
+        (_number(slow), _number(fast)),
+        _number(figures["mean_frames"]),
     )
 
 
+def _number(value: Any) -> float:
+    """ValueError for what no picture can show."""
+    result = float(value)
+    if not math.isfinite(result):
+        raise ValueError("a figure that is not finite")
+    return result
+
+
 def _optional(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _number(value)

@@ -267,6 +267,13 @@ def test_an_iteration_is_its_two_runs(tmp_path):
         (lambda path: [write(path / "r.json", "[]")], "is not what launch/evaluate.py writes"),
         (lambda path: [write(path / "r.json", "{")], "is not what launch/evaluate.py writes"),
         (lambda path: [write(path / "labels.json", "{}").parent], "labels.json"),
+        (lambda path: [write_run(path / "runs" / "a").parent], "holds runs and is none; name them"),
+        (
+            lambda path: [write(path / "r.json", json.dumps(made_results(made_entry(1, success_rate=1e999))))],
+            "not finite",
+        ),
+        (lambda path: [write(path / "r.json", json.dumps(made_results({})))], "KeyError: 'paired_with_first_entry'"),
+        (lambda path: [path / ("n" * 300)], "cannot be read (File name too long)"),
     ],
 )
 def test_what_is_no_run_is_refused(tmp_path, capsys, make, words):
@@ -278,6 +285,10 @@ def test_what_is_no_run_is_refused(tmp_path, capsys, make, words):
 def write(path, text):
     path.write_text(text)
     return path
+
+
+def write_results(folder, entry):
+    return write(folder / "r.json", json.dumps(made_results(entry)))
 
 
 def test_a_page_that_cannot_be_written_says_so(tmp_path, capsys):
