@@ -89,6 +89,7 @@ class PiStarRECAPConfig(Section):
         ).items():
             if not any(weight > 0 for weight in weights.values()):
                 raise ValueError(f"{key}: no source has a positive weight")
+        self._check_observation()
         return self
 
     @model_validator(mode="after")
@@ -113,6 +114,29 @@ class PiStarRECAPConfig(Section):
             raise ValueError(f"{key}: only stage policy reads it, and training.stage is {stage}; leave it out")
         self._check_gate(has_values=stage != "policy", has_nll=distributional and stage == "critic")
         return self
+
+    def _check_observation(self) -> None:
+        data, model = self.data, self.model
+        if data.camera_slots is not None:
+            filled = [camera for camera in data.camera_slots.values() if camera is not None]
+            if data.cameras is not None:
+                raise ValueError("data.camera_slots: says what data.cameras says; leave one of them out")
+            if not filled or len(set(filled)) < len(filled):
+                raise ValueError("data.camera_slots: needs a camera in at least one slot, and none in two")
+        if data.prompt_format == "plain":
+            return
+        if data.normalization != "quantile":
+            raise ValueError(
+                "data.prompt_format: pi05 writes states of [-1, 1] in bins; set data.normalization=quantile, or plain"
+            )
+        if "action_expert" in self.heads and (model.action_expert, model.pi_version) == ("pi_joint", "pi0"):
+            raise ValueError(
+                "data.prompt_format: pi05, but model.pi_version=pi0 is shown the state by itself; set plain"
+            )
+        if "critic" in self.heads and not self.value.reads_state:
+            raise ValueError(
+                "data.prompt_format: pi05 tells the state, and value.reads_state=false hides it; set plain"
+            )
 
     def _check_backbone(self) -> None:
         value = self.value

@@ -18,6 +18,7 @@ _OPEN_KEYS = (
     "data.mixture.",
     "data.mixture_schedule.",
     "data.max_epochs.",
+    "data.camera_slots.",
     "value.max_length.",
     "env.cameras.",
     "env.prompts.",

@@ -236,7 +236,15 @@ class DataConfig(Section):
     lanes: int = Field(1, ge=1)
     # Camera names in slot order; None takes the manifest's. A camera a sample lacks is masked.
     cameras: tuple[str, ...] | None = None
+    # In their place: slots by the names that published weights have for them, each with the data's camera that fills
+    # it, or null: its image is blank and masked. pi0 and pi0.5 have base_0_rgb, left_wrist_0_rgb and right_wrist_0_rgb,
+    # in this order.
+    camera_slots: dict[str, str | None] | None = None
+    # mean_std: mean 0 and deviation 1. quantile: q01 and q99 become -1 and 1, as in pi0.5.
     normalization: Literal["mean_std", "quantile"] = "mean_std"
+    # plain: the task's prompt alone. pi05: "Task: PROMPT, State: 128 3 255;" and "Action: ", as pi0.5 reads it, with
+    # the robot's state in 256 bins over [-1, 1]: needs normalization quantile, and longer model.max_prompt_tokens.
+    prompt_format: Literal["plain", "pi05"] = "plain"
     # Samples are shuffled within windows of this many shards.
     shuffle_shards: int = Field(8, ge=1)
     # Share of each task's episodes kept for evaluation, chosen by a hash of the episode's name; above 0, at least one

@@ -11,6 +11,7 @@ from recap_ds.recipe import changed_keys, dump_config, load_config
 
 RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.yaml"))
 
+PI05_PROMPTS = ["data.prompt_format=pi05", "data.normalization=quantile"]
 REFERENCE = """\
 name: "pi_star_recap"
 model: {vlm_model_name: "google/paligemma-3b-pt-224", freeze_vlm: true, action_expert_hidden_size: 1024, action_expert_num_layers: 6}
@@ -121,6 +122,21 @@ def test_a_wrong_override_is_refused_in_one_line(override, expected):
         (["recap.advantage_window=100"], "recap.advantage_window_min: cannot exceed"),
         (["model.conv_stem=true"], "model.conv_stem: only the tiny VLM has one"),
         (["data.mixture.demo=0"], "data.mixture: no source has a positive weight"),
+        (
+            ["data.prompt_format=pi05"],
+            "data.prompt_format: pi05 writes states of [-1, 1] in bins; set data.normalization",
+        ),
+        (
+            [*PI05_PROMPTS, "model.action_expert=pi_joint", "model.pi_version=pi0"],
+            "data.prompt_format: pi05, but model.pi_version=pi0 is shown the state by itself",
+        ),
+        (
+            [*PI05_PROMPTS, "training.stage=critic", "value.critic=distributional", "value.reads_state=false"],
+            "data.prompt_format: pi05 tells the state, and value.reads_state=false hides it",
+        ),
+        (["data.camera_slots.base=top", "data.cameras=[top]"], "data.camera_slots: says what data.cameras says"),
+        (["data.camera_slots.base=null"], "data.camera_slots: needs a camera in at least one slot"),
+        (["data.camera_slots.a=top", "data.camera_slots.b=top"], "data.camera_slots: needs a camera in at least one"),
         (["model.qv_num_heads=7"], "model.qv_{hidden_size,num_heads}: 512 does not divide into 7 heads"),
         (["value.critic=distributional"], "value.critic: distributional is trained in stage critic"),
         (["value.backbone=own"], "value.backbone: own is for stage critic; in stage joint critics share"),
@@ -252,6 +268,13 @@ def test_batch_sizes_that_do_not_divide_say_which_would(sizes, world, would_divi
 def test_a_dumped_configuration_loads_back_equal(write_recipe):
     overrides = ["data.mixture.demo=0.25", "data.cameras=[top]", "value.max_length.fold=40", "training.ema_decay=null"]
     config = load_config(write_recipe(REFERENCE), overrides)
+    assert load_config(write_recipe(dump_config(config))) == config
+
+
+def test_camera_slots_keep_their_order_and_may_be_empty(write_recipe):
+    recipe = write_recipe("data: {camera_slots: {base: top, left: null, right: wrist}}\n")
+    config = load_config(recipe, ["data.camera_slots.left=side", "data.camera_slots.right=null"])
+    assert list(config.data.camera_slots.items()) == [("base", "top"), ("left", "side"), ("right", None)]
     assert load_config(write_recipe(dump_config(config))) == config
 
 

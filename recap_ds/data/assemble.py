@@ -29,7 +29,8 @@ from recap_ds.data.sample import SampleArrays, SampleDecoder, View
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.errors import UsageError
 from recap_ds.processing.normalize import Normalizer
-from recap_ds.processing.tokens import Tokenizer, encode_prompts
+from recap_ds.processing.prompts import PromptEncoder
+from recap_ds.processing.tokens import Tokenizer
 
 
 class BatchDraws(NamedTuple):
@@ -60,11 +61,14 @@ class Assembler:
         self._chunk_size = config.chunk_size
         dims = torch.arange(config.max_action_dim)
         self._action_dim_mask = dims < shard_set.manifest.action_dim  # [A]
-        prompts = [task.prompt for task in shard_set.manifest.tasks.values()]
-        # [num_tasks, L] each: a prompt that does not fit ends the run here, not in the middle of an epoch.
-        self._tokens, self._token_mask = map(
-            torch.from_numpy, encode_prompts(tokenizer, prompts, config.model.max_prompt_tokens)
-        )
+        self._prompts = [task.prompt for task in shard_set.manifest.tasks.values()]
+        encoder = PromptEncoder(config, tokenizer, shard_set.manifest.state_dim)
+        # A prompt that does not fit ends the run here, not in the middle of an epoch.
+        encoder.check(self._prompts)
+        # Workers are spared the tokenizer where every sample of a task is told the same.
+        self._prompt_encoder = encoder if encoder.reads_state else None
+        unread = np.zeros((len(self._prompts), config.max_state_dim), np.float32)
+        self._task_tokens = _tensors(encoder.encode(self._prompts, unread))  # [num_tasks, L] each
         # A stage without TD reads no next observation, and may be given shards that have none.
         self._learns_by_td = config.learns_by_td
         if self._learns_by_td:
@@ -115,12 +119,15 @@ class Assembler:
         )
         label_indicator, label_advantage = self._labels(samples)
         frames = torch.arange(self._chunk_size)
+        observation = self._observation([row.view for row in arrays], task)
+        # Without TD nobody reads the next observation, whose prompt is then as good as any.
+        next_prompt = None if self._learns_by_td else (observation.tokens, observation.token_mask)
         return TransitionBatch(
-            observation=self._observation([row.view for row in arrays], task),
+            observation=observation,
             actions=torch.from_numpy(np.stack([row.actions for row in arrays])),
             action_valid=(frames < self._column(table.num_valid, samples)[:, None]) & valid[:, None],
             action_dim_mask=self._action_dim_mask.expand(len(samples), -1).contiguous(),
-            next_observation=self._observation([row.next_view for row in arrays], task),
+            next_observation=self._observation([row.next_view for row in arrays], task, next_prompt),
             td_valid=td_valid,
             td_action_valid=(frames < window.steps[:, None]) & td_valid[:, None],
             chunk_reward=window.chunk_reward,
@@ -146,15 +153,26 @@ class Assembler:
             augmentation=torch.from_numpy(draws.augmentation),
         )
 
-    def _observation(self, views: Sequence[View], task: Tensor) -> Observation:
+    def _observation(
+        self, views: Sequence[View], task: Tensor, prompt: tuple[Tensor, Tensor] | None = None
+    ) -> Observation:
+        states = np.stack([view.state for view in views])
+        # The prompt stays where there is no next observation: attention over nothing at all would be NaN.
+        tokens, token_mask = prompt or self._prompt_tokens(task, states)
         return Observation(
             images=torch.from_numpy(np.stack([view.images for view in views])),
             camera_mask=torch.from_numpy(np.stack([view.camera_mask for view in views])),
-            # The prompt stays where there is no next observation: attention over nothing at all would be NaN.
-            tokens=self._tokens[task],
-            token_mask=self._token_mask[task],
-            state=torch.from_numpy(np.stack([view.state for view in views])),
+            tokens=tokens,
+            token_mask=token_mask,
+            state=torch.from_numpy(states),
         )
+
+    def _prompt_tokens(self, task: Tensor, states: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, L]."""
+        if self._prompt_encoder is None:
+            ids, mask = self._task_tokens
+            return ids[task], mask[task]
+        return _tensors(self._prompt_encoder.encode([self._prompts[index] for index in task.tolist()], states))
 
     def _steps_to_end(self, samples: np.ndarray) -> Tensor:
         table = self.shard_set.table
@@ -221,3 +239,7 @@ class Assembler:
     @staticmethod
     def _column(values: np.ndarray, samples: np.ndarray) -> Tensor:
         return torch.from_numpy(values[samples].astype(np.int64))
+
+
+def _tensors(arrays: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])

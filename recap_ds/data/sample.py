@@ -42,14 +42,14 @@ class SampleDecoder:
     """The fixed shapes of a run and how stored members fill them."""
 
     def __init__(self, manifest: Manifest, config: PiStarRECAPConfig, normalizer: Normalizer):
-        self.cameras = camera_slots(config, manifest)
+        self._slots = camera_slots(config, manifest)
         self._manifest = manifest
         self._normalizer = normalizer
         self._image_size = config.model.image_size
         self._chunk_size = config.chunk_size
         self._reads_rewards = config.value.reward == "environment"
         # A stage without TD never looks at next observations, and zeros of them would be half of every batch's bytes.
-        self._num_next_cameras = len(self.cameras) if config.learns_by_td else 0
+        self._num_next_cameras = len(self._slots) if config.learns_by_td else 0
 
     def read(self, shard_set: ShardSet, sample: int, needs_next: bool) -> SampleArrays:
         """Raises DamagedSample. ``needs_next``: the TD target reads the next observation."""
@@ -62,7 +62,7 @@ class SampleDecoder:
     def blank(self) -> SampleArrays:
         """Stands where a batch has a row without a sample."""
         actions = np.zeros((self._chunk_size, self._normalizer.actions.width), np.float32)
-        now, later = (self._blank_view(number) for number in (len(self.cameras), self._num_next_cameras))
+        now, later = (self._blank_view(number) for number in (len(self._slots), self._num_next_cameras))
         return SampleArrays(now, later, actions, self._no_rewards())
 
     def _blank_view(self, num_cameras: int) -> View:
@@ -88,10 +88,10 @@ class SampleDecoder:
         return SampleArrays(view, next_view, actions, rewards)
 
     def _view(self, members: dict[str, bytes], state: str, picture: str) -> View:
-        view = self._blank_view(len(self.cameras))
-        for slot, camera in enumerate(self.cameras):
+        view = self._blank_view(len(self._slots))
+        for slot, camera in enumerate(self._slots):
             name = f"{camera}.{picture}"
-            if name not in members:
+            if camera is None or name not in members:
                 continue
             try:
                 image = resize_with_padding(decode_jpeg(members[name]), self._image_size)
@@ -132,9 +132,12 @@ def _array(members: dict[str, bytes], name: str, shape: tuple[int, ...]) -> np.n
     return array
 
 
-def camera_slots(config: PiStarRECAPConfig, manifest: Manifest) -> tuple[str, ...]:
-    """Camera names in slot order: the config's, or else the manifest's."""
-    return manifest.cameras if config.data.cameras is None else config.data.cameras
+def camera_slots(config: PiStarRECAPConfig, manifest: Manifest) -> tuple[str | None, ...]:
+    """Camera of each slot, None = the slot is empty: the config's, or else the manifest's."""
+    data = config.data
+    if data.camera_slots is not None:
+        return tuple(data.camera_slots.values())
+    return manifest.cameras if data.cameras is None else data.cameras
 
 
 def check_data_matches(config: PiStarRECAPConfig, manifest: Manifest) -> None:
@@ -148,18 +151,23 @@ def check_data_matches(config: PiStarRECAPConfig, manifest: Manifest) -> None:
             raise UsageError(
                 f"{key}: {width} is narrower than the shards' {name} of {dims}; raise it to at least {dims}"
             )
-    cameras = camera_slots(config, manifest)
-    unknown = [camera for camera in cameras if camera not in manifest.cameras]
-    if unknown:
-        there = ", ".join(manifest.cameras)
-        raise UsageError(f"data.cameras: the shards have no camera '{unknown[0]}'; they have {there}")
-    if not cameras or len(set(cameras)) < len(cameras):
-        raise UsageError(f"data.cameras: {list(cameras)} must name at least one camera and none twice")
+    _check_cameras(config, manifest)
     if config.value.reward == "environment" and not manifest.has_rewards:
         raise UsageError(
             "value.reward: environment needs recorded rewards and not every shard has them; use sparse_time"
         )
     _check_windows(config, manifest)
+
+
+def _check_cameras(config: PiStarRECAPConfig, manifest: Manifest) -> None:
+    key = "data.cameras" if config.data.camera_slots is None else "data.camera_slots"
+    cameras = [camera for camera in camera_slots(config, manifest) if camera is not None]
+    unknown = [camera for camera in cameras if camera not in manifest.cameras]
+    if unknown:
+        there = ", ".join(manifest.cameras)
+        raise UsageError(f"{key}: the shards have no camera '{unknown[0]}'; they have {there}")
+    if not cameras or len(set(cameras)) < len(cameras):
+        raise UsageError(f"{key}: {cameras} must name at least one camera and none twice")
 
 
 def _check_windows(config: PiStarRECAPConfig, manifest: Manifest) -> None:

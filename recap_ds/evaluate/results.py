@@ -44,8 +44,9 @@ def open_held_out(
     shard_set = ShardSet.open(shards, config.data)
     manifest = shard_set.manifest
     # The slots are those of training, whatever order or further cameras these shards have.
-    data = config.data.model_copy(update={"cameras": config.data.cameras or contract.cameras})
-    config = config.model_copy(update={"data": data})
+    if config.data.camera_slots is None:
+        data = config.data.model_copy(update={"cameras": contract.cameras})
+        config = config.model_copy(update={"data": data})
     check_data_matches(config, manifest)
     for name, there, trained in (
         ("state_dim", manifest.state_dim, contract.state_dim),

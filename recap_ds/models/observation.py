@@ -18,27 +18,31 @@ from recap_ds.errors import UsageError
 from recap_ds.processing.contract import RobotContract
 from recap_ds.processing.images import resize_with_padding
 from recap_ds.processing.normalize import Normalizer
-from recap_ds.processing.tokens import Tokenizer, encode_prompts
+from recap_ds.processing.prompts import PromptEncoder
+from recap_ds.processing.tokens import Tokenizer
 
 
 class ObservationEncoder:
     """For one policy or critic and the robot it was trained on."""
 
     def __init__(self, config: PiStarRECAPConfig, contract: RobotContract, tokenizer: Tokenizer) -> None:
-        self._config, self._contract, self._tokenizer = config, contract, tokenizer
+        self._config, self._contract = config, contract
         self._normalizer = Normalizer.from_dict(contract.normalizer)
+        self._prompts = PromptEncoder(config, tokenizer, contract.state_dim)
 
     def encode(self, observations: Sequence[Mapping[str, Any]]) -> Observation:
         """[B, ...] on the CPU. UsageError where an observation is not what the contract says."""
         for observation in observations:
             self._check_keys(observation)
-        images = [[self._image(each, name) for name in self._contract.cameras] for each in observations]
+        slots = self._contract.slots
+        images = [[self._image(each, camera) for camera in slots] for each in observations]
+        filled = torch.tensor([camera is not None for camera in slots])
         states = np.stack([self._state(each) for each in observations])
         prompts = [each["prompt"] for each in observations]
-        tokens, mask = encode_prompts(self._tokenizer, prompts, self._config.model.max_prompt_tokens)
+        tokens, mask = self._prompts.encode(prompts, states)
         return Observation(
             images=torch.from_numpy(np.array(images)),
-            camera_mask=torch.ones(len(observations), len(self._contract.cameras), dtype=torch.bool),
+            camera_mask=filled.repeat(len(observations), 1),
             tokens=torch.from_numpy(tokens),
             token_mask=torch.from_numpy(mask),
             state=torch.from_numpy(states),
@@ -66,11 +70,14 @@ class ObservationEncoder:
             raise UsageError(f"observation/state: up to {np.abs(state).max():.3g}, which is beyond any unit it was in")
         return normalized
 
-    def _image(self, observation: Mapping[str, Any], camera: str) -> np.ndarray:
+    def _image(self, observation: Mapping[str, Any], camera: str | None) -> np.ndarray:
         """[3, P, P] uint8."""
+        side = self._config.model.image_size
+        if camera is None:
+            return np.zeros((3, side, side), np.uint8)
         image = np.asarray(observation[f"observation/{camera}"])
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise UsageError(
                 f"observation/{camera}: expected uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
             )
-        return resize_with_padding(image, self._config.model.image_size).transpose(2, 0, 1)
+        return resize_with_padding(image, side).transpose(2, 0, 1)

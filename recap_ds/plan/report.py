@@ -64,6 +64,8 @@ def count_cameras(config: PiStarRECAPConfig) -> tuple[int, str]:
     """How many images an observation has, and who says so."""
     if config.data.cameras == ():
         raise UsageError("data.cameras: must name at least one camera")
+    if config.data.camera_slots is not None:
+        return len(config.data.camera_slots), "data.camera_slots"
     if config.data.cameras is not None:
         return len(config.data.cameras), "data.cameras"
     if config.data.shards is not None and Path(config.data.shards).is_dir():

@@ -24,6 +24,7 @@ class TaskContract(_Part):
 
 class RobotContract(_Part):
     cameras: tuple[str, ...]  # in slot order
+    camera_slots: dict[str, str | None] | None = None  # data.camera_slots; None = every camera is its own slot
     image_size: int  # pixels, square; other images are resized with padding
     state_dim: int
     action_dim: int
@@ -31,6 +32,11 @@ class RobotContract(_Part):
     tasks: dict[str, TaskContract]
     normalizer: dict  # Normalizer.to_dict()
     manifest_hash: str  # of the shards it was trained on
+
+    @property
+    def slots(self) -> tuple[str | None, ...]:
+        """Camera of each of the model's slots; None = the slot is empty."""
+        return self.cameras if self.camera_slots is None else tuple(self.camera_slots.values())
 
     def save(self, folder: Path) -> None:
         write_file(folder / CONTRACT_NAME, (self.model_dump_json(indent=1) + "\n").encode())

@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
         """Ids of <bos> text <newline>: neither cut nor padded."""
         ...
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of <bos> and ``text`` as it stands."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes, shifted past the three special ids."""
@@ -36,7 +40,9 @@ class ByteTokenizer:
     vocab_size = first_byte_id + 256
 
     def encode(self, prompt: str) -> list[int]:
-        text = f"{clean_prompt(prompt)}\n"
+        return self.encode_text(f"{clean_prompt(prompt)}\n")
+
+    def encode_text(self, text: str) -> list[int]:
         return [BOS_ID, *(byte + self.first_byte_id for byte in text.encode())]
 
 
@@ -65,7 +71,10 @@ class OwnTokenizer:
         self.pad_id = PAD_ID if given is None else given
 
     def encode(self, prompt: str) -> list[int]:
-        return self._tokenizer.encode(clean_prompt(prompt))
+        return self.encode_text(clean_prompt(prompt))
+
+    def encode_text(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
 
 
 class HuggingFaceTokenizer(OwnTokenizer):
@@ -83,6 +92,9 @@ class HuggingFaceTokenizer(OwnTokenizer):
         pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in (clean_prompt(prompt), "\n")]
         return [self._tokenizer.bos_token_id, *pieces[0], *pieces[1]]
 
+    def encode_text(self, text: str) -> list[int]:
+        return [self._tokenizer.bos_token_id, *self._tokenizer.encode(text, add_special_tokens=False)]
+
 
 def build_tokenizer(vlm_model_name: str, revision: str | None = None, own_backbone: bool = False) -> Tokenizer:
     if own_backbone:
@@ -99,16 +111,22 @@ def encode_prompts(
     tokenizer: Tokenizer, prompts: Sequence[str], max_prompt_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids [N, L] int64, mask [N, L] bool, True = a real token). UsageError where a prompt does not fit."""
-    ids = np.full((len(prompts), max_prompt_tokens), tokenizer.pad_id, np.int64)
-    mask = np.zeros((len(prompts), max_prompt_tokens), bool)
-    for row, prompt in enumerate(prompts):
-        tokens = tokenizer.encode(prompt)
+    return pad_tokens(tokenizer, prompts, [tokenizer.encode(prompt) for prompt in prompts], max_prompt_tokens)
+
+
+def pad_tokens(
+    tokenizer: Tokenizer, prompts: Sequence[str], rows: Sequence[Sequence[int]], max_prompt_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Like ``encode_prompts``, of ``rows`` of ids that ``prompts`` have become."""
+    ids = np.full((len(rows), max_prompt_tokens), tokenizer.pad_id, np.int64)
+    mask = np.zeros((len(rows), max_prompt_tokens), bool)
+    for number, (prompt, tokens) in enumerate(zip(prompts, rows, strict=True)):
         if len(tokens) > max_prompt_tokens:
             shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
             raise UsageError(
                 f"model.max_prompt_tokens: {max_prompt_tokens} is too few for the {len(tokens)} tokens of {shown!r}; "
                 f"raise it to at least {len(tokens)}"
             )
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = True
+        ids[number, : len(tokens)] = tokens
+        mask[number, : len(tokens)] = True
     return ids, mask

@@ -23,7 +23,7 @@ from recap_ds.config import BatchSizes, PiStarRECAPConfig, TrainingConfig, batch
 from recap_ds.data.assemble import Assembler
 from recap_ds.data.labels import LabelSet
 from recap_ds.data.loader import TransitionDataset
-from recap_ds.data.sample import check_data_matches
+from recap_ds.data.sample import camera_slots, check_data_matches
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.distributed.ds_config import Precision, load_ds_config, resolve_ds_config
 from recap_ds.distributed.engine import build_engine
@@ -165,7 +165,8 @@ def _contract(
     manifest = shard_set.manifest
     lengths = scale.max_length.tolist()
     return RobotContract(
-        cameras=config.data.cameras or manifest.cameras,
+        cameras=tuple(camera for camera in camera_slots(config, manifest) if camera is not None),
+        camera_slots=config.data.camera_slots,
         image_size=config.model.image_size,
         state_dim=manifest.state_dim,
         action_dim=manifest.action_dim,

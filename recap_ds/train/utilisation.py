@@ -30,7 +30,7 @@ class Utilisation(NamedTuple):
             return cls(0, None)
         peak = given * 1e12 if given is not None else gpu.peak_flops(plan.precision.dtype == torch.bfloat16)
         folder = plan.start.vlm if plan.start else locate_vlm(plan.config.vlm_source)
-        num_cameras = len(plan.contract.cameras)
+        num_cameras = len(plan.contract.slots)
         flops = count_model_flops(plan.config, plan.precision.dtype, folder and str(folder), num_cameras)
         return cls(flops * plan.sizes.accumulation, peak)
 

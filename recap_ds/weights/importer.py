@@ -146,7 +146,7 @@ def _pi_config(architecture: PiArchitecture, published: Published, overrides: Se
         },
         "training": {"stage": "policy"},
         "recap": {"sft": True},
-        "data": {"normalization": "quantile" if is_pi05 else "mean_std"},
+        "data": {"normalization": "quantile", "prompt_format": "pi05"} if is_pi05 else {"normalization": "mean_std"},
     }
     config = _checked(parse_config(values, overrides, str(published.folder / "config.json")))
     if config.model.image_size != side:

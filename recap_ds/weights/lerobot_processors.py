@@ -18,6 +18,8 @@ from recap_ds.processing.normalize import Affine, Normalizer
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 PALIGEMMA = "google/paligemma-3b-pt-224"
+# By its class, not by the name it is registered under: LeRobot's pi0.5 does not import it.
+NEW_LINE = "lerobot.policies.pi0.processor_pi0.Pi0NewLineProcessor"
 MODES = {"mean_std": "MEAN_STD", "quantile": "QUANTILES"}
 
 
@@ -72,10 +74,10 @@ def write_processors(folder: Path, config: PiStarRECAPConfig, contract: RobotCon
     to_device = ("device_processor", {"device": "cpu", "float_dtype": None})
     read_prompt = ("tokenizer_processor", tokenizer)
     begin = [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {})]
-    if config.model.pi_version == "pi05":
+    if config.data.prompt_format == "pi05":
         steps = [*begin, normalize, ("pi05_prepare_state_tokenizer_processor_step", {}), read_prompt, to_device]
     else:
-        steps = [*begin, ("pi0_new_line_processor", {}), read_prompt, to_device, normalize]
+        steps = [*begin, (NEW_LINE, {}), read_prompt, to_device, normalize]
     _write_pipeline(folder, "policy_preprocessor", steps, statistics)
     unnormalize = ("unnormalizer_processor", _normalizer(settings, {}))
     _write_pipeline(folder, "policy_postprocessor", [unnormalize, to_device], statistics)
@@ -98,7 +100,7 @@ def _write_pipeline(
 ) -> None:
     entries = []
     for index, (registered, config) in enumerate(steps):
-        entry: dict[str, Any] = {"registry_name": registered, "config": config}
+        entry: dict[str, Any] = {"class" if "." in registered else "registry_name": registered, "config": config}
         if statistics and registered.endswith("normalizer_processor"):
             entry["state_file"] = f"{name}_step_{index}_{registered}.safetensors"
             write_tensor_file(

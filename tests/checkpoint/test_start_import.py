@@ -54,7 +54,7 @@ def config(imported, tmp_path):
 
 def test_a_run_begins_with_it_whole_or_sharded_and_asks_no_hub(config, imported, runtime):
     plan = plan_session(config, REPOSITORY / "ds_configs/zero3.json", RankInfo())
-    assert plan.dataset.assembler._tokens.max() == 3  # the import's tokenizer
+    assert plan.dataset.assembler._task_tokens[0].max() == 3  # the import's tokenizer
     check_start(plan.start, runtime)
     policy = PiStarRECAPPolicy(config, builder := ShardedBuilder(plan.ds_config, runtime.device), str(plan.start.vlm))
     fill_heads(plan.start, policy, builder, runtime)

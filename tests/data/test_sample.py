@@ -66,6 +66,15 @@ def test_cameras_are_chosen_ordered_and_scaled(shard_set):
     assert swapped[0].mean() > 190 > 50 > swapped[1].mean()
 
 
+def test_an_empty_slot_is_blank_and_masked(shard_set):
+    config = tiny_config(data={"camera_slots": {"base": "right", "left_wrist": None, "right_wrist": "left"}})
+    check_data_matches(config, shard_set.manifest)
+    arrays = read(shard_set, frame=0, config=config)
+    for view in (arrays.view, arrays.next_view):
+        np.testing.assert_array_equal(view.camera_mask, [True, False, True])
+        assert view.images[0].mean() > 150 > view.images[2].mean() > 30 and not view.images[1].any()
+
+
 class FakeShardSet:
     """One sample whose members a test chooses."""
 
@@ -138,6 +147,7 @@ def test_environment_rewards_are_read_where_they_are_wanted(shard_set):
         ({"data": {"cameras": ["left", "top"]}}, r"data\.cameras: .* no camera 'top'; they have left, right"),
         ({"data": {"cameras": ["left", "left"]}}, r"data\.cameras: .* none twice"),
         ({"data": {"cameras": []}}, r"data\.cameras: \[\] must name at least one"),
+        ({"data": {"camera_slots": {"base": "top"}}}, r"data\.camera_slots: .* no camera 'top'; they have left"),
         ({"chunk_size": 7}, r"chunk_size: 7 is more than the 6 frames"),
         ({"chunk_size": 3}, r"chunk_size: 3 is less than the shards' TD window of 4"),
         ({"chunk_size": 3, "iql": {"horizon": "manifest"}}, r"chunk_size: 3 is less than"),

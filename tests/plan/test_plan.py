@@ -106,6 +106,8 @@ def test_a_number_of_gpus_that_does_not_divide_is_said_in_its_row(capsys):
 def test_the_cameras_of_a_folder_of_shards(config, tmp_path):
     folder = str(tmp_path / "shards")
     write_reach_shards(folder, num_demo=2, num_auto=2, num_intervention=1, size=32)
+    slots = config.data.model_copy(update={"camera_slots": {"base": "front", "left": None, "right": None}})
+    assert count_cameras(config.model_copy(update={"data": slots})) == (3, "data.camera_slots")
     data = config.data.model_copy(update={"shards": folder})
     assert count_cameras(config.model_copy(update={"data": data})) == (len(Manifest.load(folder).cameras), folder)
 

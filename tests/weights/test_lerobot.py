@@ -101,9 +101,9 @@ def test_processors_have_the_robots_units(trained, tmp_path):
     before, after = (
         json.loads((tmp_path / f"out/policy_{side}processor.json").read_text()) for side in ("pre", "post")
     )
-    names = [step["registry_name"] for step in before["steps"]]
+    names = [step.get("registry_name", step.get("class")) for step in before["steps"]]
     assert names[:2] == ["rename_observations_processor", "to_batch_processor"]
-    (normalize,) = (step for step in before["steps"] if step["registry_name"] == "normalizer_processor")
+    (normalize,) = (step for step in before["steps"] if step.get("registry_name") == "normalizer_processor")
     statistics = load_file(tmp_path / "out" / normalize["state_file"])
     values = torch.tensor([3.0, 4.0, 5.0])
     expected = contract_of("quantile").normalizer["actions"]
@@ -112,7 +112,9 @@ def test_processors_have_the_robots_units(trained, tmp_path):
         low, high = statistics["action.q01"], statistics["action.q99"]
         normalized = 2 * (values - low) / (high - low) - 1
     else:
-        assert names.index("pi0_new_line_processor") < names.index("tokenizer_processor")
+        assert names.index("lerobot.policies.pi0.processor_pi0.Pi0NewLineProcessor") < names.index(
+            "tokenizer_processor"
+        )
         normalized = (values - statistics["action.mean"]) / statistics["action.std"]
     torch.testing.assert_close(
         normalized, (values - torch.tensor(expected["center"])) / torch.tensor(expected["scale"])
