@@ -19,7 +19,7 @@ from recap_ds.report.evaluations import RESULTS_NAME, Evaluation, read_evaluatio
 from recap_ds.report.findings import rollout_findings
 from recap_ds.report.overview import Judged, findings_card, judge, key_figures, verdict_card
 from recap_ds.report.page import Chapter, grid, paragraph, whole_page
-from recap_ds.report.run_record import is_run, read_run
+from recap_ds.report.run_record import RunRecord, is_run, read_run
 from recap_ds.report.svg import printable
 
 REPORT_NAME = "report.html"
@@ -48,9 +48,10 @@ def find_sources(paths: Sequence[Path]) -> Sources:
             _sort(path, sources)
         except OSError as error:
             raise UsageError(f"RUN {path}: cannot be read ({error.strerror})") from None
+    sources = Sources(*(list({each.resolve(): each for each in part}.values()) for part in sources))
     if len(sources.runs) > MAX_RUNS:
         raise UsageError(f"RUN: {len(sources.runs)} runs were named, one page compares up to {MAX_RUNS}; name fewer")
-    return Sources(*(list({each.resolve(): each for each in part}.values()) for part in sources))
+    return sources
 
 
 def _sort(path: Path, sources: Sources) -> None:
@@ -91,26 +92,23 @@ def build_report(sources: Sources, out: Path) -> Report:
     now = time.time()
     runs = [_judge_run(path, name, now) for path, name in zip(sources.runs, run_names(sources.runs), strict=True)]
     results = [read_evaluation(path) for path in sources.results]
-    evaluations = [(each.record.name, evaluation) for each in runs for evaluation in each.record.evaluations]
-    evaluations += [(evaluation.checkpoint, evaluation) for evaluation in results]
-    labels, label_notes = _read_labels(runs, sources.labels)
+    records = [each.record for each in runs]
+    evaluations = [*_evaluations_of(records), *((evaluation.checkpoint, evaluation) for evaluation in results)]
+    labels, label_notes = _read_labels(records, sources.labels)
     several = len(runs) > 1
     chapters = [
         Chapter("Verdict", _verdict(runs, results)),
         Chapter("Key figures", str(key_figures(runs)) if runs else ""),
-        Chapter("What differs", str(differing_part([each.record for each in runs])) if several else ""),
+        Chapter("What differs", str(differing_part(records)) if several else ""),
         Chapter("Success in environments", rollout_part(evaluations, out.parent)),
         Chapter("Held-out evaluation", held_out_part(evaluations)),
     ]
-    for title, wanted in panels.CHAPTERS.items():
-        chapters.append(
-            Chapter(title, grid(panels.chapter_charts(wanted, [each.record for each in runs]) if runs else []))
-        )
+    chapters += [Chapter(title, grid(panels.chapter_charts(part, records))) for title, part in panels.CHAPTERS.items()]
     chapters += [
-        Chapter("Labels and thresholds", "".join([*label_notes, *map(label_part, labels), *_rings(runs)])),
-        Chapter("Settings and provenance", "".join(settings_part(each.record, several) for each in runs)),
+        Chapter("Labels and thresholds", "".join([*label_notes, *map(label_part, labels), *_rings(records)])),
+        Chapter("Settings and provenance", "".join(settings_part(record, several) for record in records)),
     ]
-    names = [each.record.name for each in runs]
+    names = [record.name for record in records]
     names += [f"labels {path.name}" for path in sources.labels] + [evaluation.checkpoint for evaluation in results]
     written = f"{datetime.fromtimestamp(now, timezone.utc):%Y-%m-%d %H:%M} UTC"
     page = whole_page(", ".join(dict.fromkeys(names)), f"recap_ds {__version__}, written {written}", chapters)
@@ -155,30 +153,37 @@ def _verdict(runs: Sequence[Judged], results: Sequence[Evaluation]) -> str:
     return "".join([*cards, findings_card(told)])
 
 
-def _read_labels(runs: Sequence[Judged], named: Sequence[Path]) -> tuple[list[LabelView], list[str]]:
+def _evaluations_of(records: Sequence[RunRecord]) -> list[tuple[str, Evaluation]]:
+    """Each with its name on the page: the run's, with that of the export where it has several."""
+    return [
+        (f"{record.name}, {each.path.parent.name}" if len(record.evaluations) > 1 else record.name, each)
+        for record in records
+        for each in record.evaluations
+    ]
+
+
+def _read_labels(records: Sequence[RunRecord], named: Sequence[Path]) -> tuple[list[LabelView], list[str]]:
     """Those that were named, which must be readable, and those of policy runs where they are found; notes on others."""
     views = {path.resolve(): read_label_view(path) for path in named}
     notes = []
-    for each in runs:
-        tag, path = each.record.setting("data.labels"), find_labels(each.record)
+    for record in records:
+        tag, path = record.setting("data.labels"), find_labels(record)
         if tag and path is None:
-            where = f"{each.record.setting('data.shards')}/labels/{tag}"
-            notes.append(
-                paragraph(f"{each.record.name}: its labels '{tag}' are not at {where}; name their folder too.")
-            )
+            where = f"{record.setting('data.shards')}/labels/{tag}"
+            notes.append(paragraph(f"{record.name}: its labels '{tag}' are not at {where}; name their folder too."))
         elif path is not None and path.resolve() not in views:
             try:
                 views[path.resolve()] = read_label_view(path)
             except UsageError as error:
-                notes.append(paragraph(f"{each.record.name}: {error}"))
+                notes.append(paragraph(f"{record.name}: {error}"))
     return list(views.values()), notes
 
 
-def _rings(runs: Sequence[Judged]) -> list[str]:
+def _rings(records: Sequence[RunRecord]) -> list[str]:
     parts = []
-    for each in runs:
+    for record in records:
         try:
-            parts.append(ring_part(each.record.name, read_ring(each.record)))
+            parts.append(ring_part(record.name, read_ring(record)))
         except UsageError as error:
-            parts.append(paragraph(f"{each.record.name}: {error}"))
+            parts.append(paragraph(f"{record.name}: {error}"))
     return parts

@@ -18,7 +18,7 @@ FILM_TYPES = {".mp4": "video/mp4", ".gif": "image/gif"}
 # Films are put into the page as long as they are so much together, in bytes; the others are links.
 MAX_EMBEDDED_BYTES = 8 * 2**20
 MAX_FILMS = 12  # of one evaluation
-PER_TASK_CHARTS = 12
+MAX_TASK_CHARTS = 12  # the table has all tasks
 
 
 def rollout_part(evaluations: Sequence[tuple[str, Evaluation]], out_folder: Path) -> str:
@@ -62,11 +62,11 @@ def _rollouts(name: str, evaluation: Evaluation, rollouts: Rollouts, films: "Fil
     ]
     tasks = list(dict.fromkeys(task for entry in entries for task in entry.tasks))
     if len(tasks) > 1:
-        charts += [_task_chart(task, entries) for task in tasks[:PER_TASK_CHARTS]]
+        charts += [_task_chart(task, entries) for task in tasks[:MAX_TASK_CHARTS]]
     told = f"{rollouts.num_episodes} episodes each from seed {rollouts.seed}; {evaluation.path}"
     return (
         f"<h3>{escape(name)}: {escape(rollouts.env)}</h3>{paragraph(told)}{grid(charts)}"
-        f"{_paired_table(entries)}{films.show(entries)}"
+        f"{_paired_table(entries)}{_task_table(tasks, entries)}{films.show(entries)}"
     )
 
 
@@ -103,6 +103,11 @@ def _paired_table(entries: Sequence[Entry]) -> Html:
         for entry in entries
     ]
     return table("Paired comparison", header, rows) if len(entries) > 1 else Html("")
+
+
+def _task_table(tasks: Sequence[str], entries: Sequence[Entry]) -> Html:
+    rows = [(task, *(_count(entry.tasks[task]) if task in entry.tasks else "-" for entry in entries)) for task in tasks]
+    return table("Successes by task", ("", *(entry.told for entry in entries)), rows) if len(tasks) > 1 else Html("")
 
 
 class Films:

@@ -40,8 +40,9 @@ def verdict_card(judged: Judged, first: Judged | None) -> str:
     record, state, findings = judged
     level, told = headline(state, findings)
     name = f"<h3>{escape(record.name)}</h3>" if first is not None else ""
-    change = f"<p>{escape(what_changed(record, first.record))}</p>" if first not in (None, judged) else ""
-    bar = ""
+    change = bar = ""
+    if first is not None and first is not judged:
+        change = f"<p>{escape(what_changed(record, first.record))}</p>"
     if state.fraction is not None:
         percent = f"{100 * state.fraction:.0f}"
         bar = (

@@ -113,6 +113,12 @@ def test_a_run_of_missing_and_damaged_pieces_is_shown_with_what_is_wrong(tmp_pat
     assert "Failed before the first line of metrics" in page.words
 
 
+def test_a_run_that_is_named_twice_is_one(tmp_path):
+    path = write_run(tmp_path / "run")
+    page = report(*[path] * 9, path / ".", out=tmp_path / "page.html")
+    assert page.words.count("Finished, and learning") == 1
+
+
 def test_three_runs_are_compared(tmp_path):
     runs = [
         write_run(
@@ -180,6 +186,7 @@ def test_success_is_shown_with_intervals_pairs_and_films(tmp_path):
     page = report(folder / "results.json", out=tmp_path / "page.html")
     assert "no indicator 15 of 20 40 11 1 0.006" in page.words and "which is hardly chance" in page.words
     assert "Success rate: lift" in page.words and "5 of 20" in page.words
+    assert "push 2 of 10 7 of 10" in page.words
     sources = [value for name, value in page.attributes if name == "src"]
     assert sources == ["data:video/mp4;base64,YSBmaWxt"]
     links = [value for name, value in page.attributes if name == "href" and not value.startswith("#")]
@@ -196,6 +203,9 @@ def test_runs_with_the_same_environment_stand_side_by_side(tmp_path):
     page = report(*runs, out=tmp_path / "page.html")
     assert "Success rate side by side: reach" in page.words
     assert "a, positive, beta 1: 3 of 20 0.15, 95 % between 0.00 and 0.35." in page.source
+    (runs[0] / "evaluation_results.json").write_text(json.dumps(made_results(made_entry(7))))
+    page = report(runs[0], out=tmp_path / "page.html")
+    assert "a, step, positive, beta 1: 3 of 20" in page.source and "a, a, positive, beta 1: 7 of 20" in page.source
 
 
 @pytest.fixture(scope="module")
