@@ -44,7 +44,8 @@ class RunRecord(NamedTuple):
     ds_config: dict[str, Any] | None
     contract: dict[str, Any] | None
     curves: Curves
-    last_written: float | None  # when the last metrics were, in seconds since the epoch
+    begun: float | None  # when its settings were written, in seconds since the epoch
+    last_written: float | None  # when the last metrics were
     failures: tuple[Failure, ...]  # by time
     num_lists: dict[str, int]  # lines of damaged.jsonl, skipped.jsonl, spikes.jsonl, by file name
     checkpoints: Checkpoints
@@ -110,6 +111,7 @@ def read_run(path: Path, name: str) -> RunRecord:
         ds_config=_json(path / "ds_config.json", problems),
         contract=_json(path / "contract.json", problems),
         curves=curves or NO_CURVES,
+        begun=(path / CONFIG_NAME).stat().st_mtime if (path / CONFIG_NAME).is_file() else None,
         last_written=metrics.stat().st_mtime if curves is not None and curves.num_lines else None,
         failures=_failures(path / "failures", problems),
         num_lists={

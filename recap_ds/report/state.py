@@ -35,7 +35,8 @@ def state_of(record: RunRecord, now: float) -> State:
         when = f"{datetime.fromtimestamp(failure.time, timezone.utc):%Y-%m-%d %H:%M} UTC"
         return State("failed", f"Failed {place}, {when}, rank {failure.rank}: {failure.why}", fraction)
     if step is None or record.last_written is None:
-        return State("empty", "No metrics yet: the first line comes after logging.every_steps steps.", fraction)
+        since = "" if record.begun is None else f", {duration(max(now - record.begun, 0.0))} after it was begun"
+        return State("empty", f"No metrics yet{since}: the first line comes after logging.every_steps steps.", fraction)
     age = max(now - record.last_written, 0.0)
     if age < _quiet_seconds(record):
         return State("running", f"Running, {place}; last line {duration(age)} ago{_time_left(record)}.", fraction)

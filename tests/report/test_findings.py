@@ -1,6 +1,7 @@
 """What is said of a run: its state, what is good and bad about it, what next."""
 
 import json
+import os
 from datetime import datetime, timezone
 
 import pytest
@@ -65,6 +66,8 @@ def test_a_run_that_went_on_after_a_failure_has_not_failed(tmp_path):
 def test_a_run_without_metrics_has_begun(tmp_path):
     path = write_run(tmp_path / "run", finished=False)
     write_metrics(path, '{"step": 10, "train')
+    os.utime(path / "config.yaml", (NOW - 7200, NOW - 7200))
+    assert "No metrics yet, 2 h 0 min after it was begun" in judged(path).state.text
     assert judged(path).state.kind == "empty" and headline(*judged(path)[1:]) == ("note", "Nothing to see yet")
     write_failure(path, time_before(3), "no shards")
     assert "Failed before the first line of metrics" in judged(path).state.text
