@@ -57,14 +57,17 @@ class Mixture:
         tables: Sequence[Table],
         limits: Sequence[int | None],
         seed: int,
+        slots_per_step: int,
         lane: int = 0,
     ):
         """``names`` [P]; ``tables`` in order, the first from slot 0 on; ``limits`` [P]: draws at most.
 
-        ``lane`` keeps permutations apart (``order.py``). UsageError where the limits leave nothing to draw.
+        ``lane`` keeps permutations apart (``order.py``); ``slots_per_step`` is for messages. UsageError where the
+        limits leave nothing to draw.
         """
         self._seed = seed
         self._lane = lane
+        self._slots_per_step = slots_per_step
         self._cached_block = (-1, -1)
         self._parts = self._ranks = np.empty(0, np.int64)
         self.segments: list[Segment] = []
@@ -117,8 +120,8 @@ class Mixture:
             weights = np.where(used_up, 0.0, table.weights)
             if not weights.sum() > 0:
                 raise UsageError(
-                    f"data.max_epochs: with the weights of {table.where}, every part is drawn as often as it may after "
-                    f"{slot} samples of a lane; leave out the cap of one"
+                    f"data.max_epochs: from step {slot // self._slots_per_step} on nothing is left to draw by the "
+                    f"weights of {table.where}; leave one of its parts without a cap"
                 )
             self.segments.append(Segment(slot, block_quotas(table.where, names, weights), drawn))
             ends = [self._limit_slot(part, limit) for part, limit in enumerate(limits) if limit is not None]

@@ -106,7 +106,7 @@ class SampleOrder:
         for step, weights in sorted(data.mixture_schedule.items()):
             where = f"data.mixture_schedule.{step}"
             tables.append(Table(where, step * self._run, part_weights(where, weights, self.parts)))
-        return _Lane(Mixture(names, tables, limits, self._seed, number), epochs, is_shared)
+        return _Lane(Mixture(names, tables, limits, self._seed, self._run, number), epochs, is_shared)
 
     def _limit_of_lane(self, number: int, part: Part, num_samples: int, limit: int) -> int:
         """Of the draws that the whole part may have: in turns where it is shared, else by what the lane holds."""

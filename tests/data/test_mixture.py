@@ -36,12 +36,12 @@ def test_largest_remainder():
         (
             {"demo": [5], "auto": [5]},
             {"max_epochs": {"demo": 1, "auto": 2}},
-            "data.max_epochs: with the weights of data.mixture, every part is drawn as often as it may after 15 ",
+            "data.max_epochs: from step 1 on nothing is left to draw by the weights of data.mixture; leave one",
         ),
         (
             {"demo": [5], "auto": [5]},
             {"mixture_schedule": {9: {"auto": 1}}, "max_epochs": {"auto": 3}},
-            "data.max_epochs: with the weights of data.mixture_schedule.9",
+            "data.max_epochs: from step 9 on nothing is left to draw by the weights of data.mixture_schedule.9",
         ),
     ],
 )
@@ -52,7 +52,9 @@ def test_impossible_mixtures_are_one_line(sizes, data, message):
 
 
 def test_every_block_holds_the_quotas_and_k_counts_each_part():
-    mixture = Mixture(NAMES, [Table("data.mixture", 0, np.array([1000, 3000, 96]))], [None] * 3, seed=5)
+    mixture = Mixture(
+        NAMES, [Table("data.mixture", 0, np.array([1000, 3000, 96]))], [None] * 3, seed=5, slots_per_step=1
+    )
     part, k = mixture.draws(np.arange(3 * BLOCK_SLOTS))
     for number, quota in enumerate((1000, 3000, 96)):
         np.testing.assert_array_equal(k[part == number], np.arange(3 * quota))
