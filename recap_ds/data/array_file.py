@@ -44,11 +44,13 @@ Fill = Callable[[Mapping[str, np.ndarray]], None]  # writes every element of the
 
 
 class ArrayFile:
-    """Read-only arrays by name. Pickled as its path alone: another process of this node maps the same pages."""
+    """Read-only arrays by name. Pickled by its path: another process of this node maps the same pages."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, held: Path | None = None):
+        """``held``: the same file as another process holds it, should the path be gone."""
         self.path = path
-        self._file = path.open("rb")
+        # Clearing of temporary files goes by their age and heeds no lock: a run of weeks may find its file unlinked.
+        self._file = (path if held is None or path.exists() else held).open("rb")
         fcntl.flock(self._file, fcntl.LOCK_SH)
         try:
             header = json.loads(self._file.readline())
@@ -61,7 +63,7 @@ class ArrayFile:
             raise UsageError(f"{path}: damaged ({error}); remove it, it will be made again") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ArrayFile, (self.path,)
+        return ArrayFile, (self.path, Path(f"/proc/{os.getpid()}/fd/{self._file.fileno()}"))
 
 
 Stored = ArrayFile | Mapping[str, np.ndarray]  # a data set's arrays, mapped or in memory
