@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -144,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
         task=args.task,
     )
     image_size = args.image_size or _image_size(args.out, metadata)
+    started_seconds = time.perf_counter()
     tally = Tally()
     with _progress_bars(len(metadata.episodes)) as progress, _told_to_stop():
         report = write_shards(
@@ -167,8 +169,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if report.num_resumed:
         print(f"went on: pictures of {report.num_resumed} episodes were there from an interrupted import")
-    for line in _summary(metadata, options, tally, report, image_size, args.out):
+    for line in _summary(metadata, options, tally, report, image_size):
         print(line)
+    seconds = time.perf_counter() - started_seconds
+    print(
+        f"wrote {report.num_samples} samples in {len(report.new_shards)} shards to {args.out}: {seconds:.1f} s, "
+        f"{tally.num_frames / seconds:.0f} frames/s with --jobs {args.jobs}"
+    )
     return 0
 
 
@@ -202,7 +209,6 @@ def _summary(
     tally: Tally,
     report: "WriteReport",
     image_size: int,
-    out: Path,
 ) -> Iterator[str]:
     from recap_ds.batch import OUTCOME_IDS
 
@@ -215,7 +221,6 @@ def _summary(
     yield f"images: {image_size} px squares from {stored}"
     if metadata.left_out_cameras:
         yield f"left out: {', '.join(metadata.left_out_cameras)}"
-    yield f"wrote {report.num_samples} samples in {len(report.new_shards)} shards to {out}"
 
 
 @contextmanager

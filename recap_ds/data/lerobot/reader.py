@@ -148,9 +148,9 @@ def _numbers(metadata: DatasetMetadata, rows: EpisodeRows, key: str, name: str) 
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf and is named below
         values = rows.columns[key].astype(np.float32)
     shape = metadata.features[key].get("shape") or [1]
-    if len(shape) != 1 or values.shape[1] != shape[0]:
+    if shape != [values.shape[1]]:
         raise UsageError(
-            f"episode {name}: {key} has {values.shape[1]} numbers per frame, meta/info.json says shape {list(shape)}"
+            f"episode {name}: {key} has {values.shape[1]} numbers per frame, meta/info.json says shape {shape}"
         )
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):

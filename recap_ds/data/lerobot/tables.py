@@ -16,7 +16,8 @@ from recap_ds.errors import UsageError
 def open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+    # ValueError: text that is no text, among the names of columns.
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(f"{path}: not readable as parquet ({one_line(error)}); copy the file again") from error
 
 
@@ -28,7 +29,7 @@ def read_table(path: Path, columns: list[str], row_group: int | None = None) -> 
         raise UsageError(f"{path}: has no column {', '.join(missing)}; copy or convert the data set again")
     try:
         return file.read(columns=columns) if row_group is None else file.read_row_group(row_group, columns=columns)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(f"{path}: damaged ({one_line(error)}); copy the file again") from error
 
 
