@@ -45,6 +45,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("src", metavar="SRC", help="folder that holds meta/, or OWNER/NAME[@REVISION] on the hub")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of shards")
     parser.add_argument("--source", choices=SOURCES, required=True, help="who produced the data")
+    _add_reading(parser)
+    _add_storing(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """What is taken from the data set."""
     parser.add_argument("--name", help="data set name in episode names (default: the folder's or hub name)")
     parser.add_argument(
         "--labels", type=Path, metavar="CSV", help="outcomes: episode_index and outcome (or success), over the columns"
@@ -74,6 +81,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="columns of the state, concatenated in this order (default: %(default)s)",
     )
     parser.add_argument("--action-keys", default="action", metavar="A,B", help="of the actions (default: %(default)s)")
+    parser.add_argument("--fps", type=float, metavar="F", help="resample to this rate, with --absolute-actions only")
+    parser.add_argument(
+        "--absolute-actions", action="store_true", help="actions are targets, not changes: frames may be dropped"
+    )
+    parser.add_argument(
+        "--delta-actions",
+        type=ranges,
+        default=(),
+        metavar="DIMS",
+        help="store these dims of absolute actions (0-5 or 0,1,2) as changes: target minus state of the same frame",
+    )
+
+
+def _add_storing(parser: argparse.ArgumentParser) -> None:
+    """How it is stored."""
     parser.add_argument(
         "--chunk-size",
         type=count,
@@ -93,17 +115,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--stride", type=count, default=1, metavar="K", help="start a sample at every K-th frame only (default: 1)"
     )
-    parser.add_argument("--fps", type=float, metavar="F", help="resample to this rate, with --absolute-actions only")
-    parser.add_argument(
-        "--absolute-actions", action="store_true", help="actions are targets, not changes: frames may be dropped"
-    )
-    parser.add_argument(
-        "--delta-actions",
-        type=ranges,
-        default=(),
-        metavar="DIMS",
-        help="store these dims of absolute actions (0-5 or 0,1,2) as changes: target minus state of the same frame",
-    )
     parser.add_argument("--samples-per-shard", type=count, default=1024, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--jobs",
@@ -113,7 +124,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="processes for images (default: %(default)s)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the order of samples (default: %(default)s)")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -167,11 +177,9 @@ def run(args: argparse.Namespace) -> int:
     if report.was_there:
         print(f"{options.name}: already in {args.out}, {report.num_samples} samples of {report.num_episodes} episodes")
         return 0
-    if report.num_resumed:
-        print(f"went on: pictures of {report.num_resumed} episodes were there from an interrupted import")
+    seconds = time.perf_counter() - started_seconds
     for line in _summary(metadata, options, tally, report, image_size):
         print(line)
-    seconds = time.perf_counter() - started_seconds
     print(
         f"wrote {report.num_samples} samples in {len(report.new_shards)} shards to {args.out}: {seconds:.1f} s, "
         f"{tally.num_frames / seconds:.0f} frames/s with --jobs {args.jobs}"
@@ -212,6 +220,8 @@ def _summary(
 ) -> Iterator[str]:
     from recap_ds.batch import OUTCOME_IDS
 
+    if report.num_resumed:
+        yield f"went on: pictures of {report.num_resumed} episodes were there from an interrupted import"
     human = f", {tally.num_human_frames} under human control" if options.source == "intervention" else ""
     fps = options.fps or metadata.fps
     yield f"{options.name}: {report.num_episodes} episodes, {tally.num_frames} frames at {fps:g} fps{human}"
