@@ -7,9 +7,11 @@ import tempfile
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from torch import nn
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
+from recap_ds.models.layers import ZeroEmbedding, ZeroLinear
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.published import published_config
 from recap_ds.processing.contract import RobotContract, TaskContract
@@ -55,7 +57,12 @@ def build_policy(sizes: Sizes) -> PiStarRECAPPolicy:
             training={"stage": "policy", "use_amp": True},
             recap={"sft": True},
         )
-        return PiStarRECAPPolicy(config).eval()
+        policy = PiStarRECAPPolicy(config).eval()
+    # What starts at zero would hide what it multiplies: every way to sample would give the noise back.
+    for module in policy.action_expert.modules():
+        if isinstance(module, ZeroLinear | ZeroEmbedding):
+            nn.init.normal_(module.weight, std=0.02)
+    return policy
 
 
 def vlm_config(sizes: Sizes) -> Any:

@@ -10,8 +10,9 @@ ask without pause.
 import statistics
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from recap_ds.serve.run import choose_device, serving
 from recap_ds.serve.server import ServerSettings
 
 GUIDANCE_BETA = 2.0
+# How far chunks are compared: every step of ``recomputed`` costs a prefix.
+CHECKED_STEPS = 2
 
 
 def bench_sample(
@@ -55,13 +58,18 @@ def bench_sample(
         **sizes._asdict(),
         "parameters": sum(parameter.numel() for parameter in policy.parameters()),
         "repeats": num_repeats,
-        "seconds": {name: round(statistics.median(each), 4) for name, each in rounds.items()},
-        "guided_over_cached": ratio(rounds, "guided", "cached"),
-        "recomputed_over_cached": ratio(rounds, "recomputed", "cached"),
-        **({"projected_over_cached": ratio(rounds, "projected", "cached")} if "projected" in rounds else {}),
-        "seconds_of_parts": parts,
+        "seconds": {name: medians(each) for name, each in rounds.items()},
+        "over_cached": {name: ratios(each, rounds["cached"]) for name, each in rounds.items() if name != "cached"},
+        "seconds_of_parts": {name: medians(each) for name, each in parts.items()},
         "clients": served,
     }
+
+
+class Taken(NamedTuple):
+    """Of one chunk, or of a part of it."""
+
+    wall: float
+    host: float  # processor time, which other jobs of a busy machine do not lengthen; of a CPU the better figure
 
 
 # -- one request at a time --------------------------------------------------------------------------------------------
@@ -69,32 +77,38 @@ def bench_sample(
 
 def compare(
     policy: PiStarRECAPPolicy, robot: RobotPolicy, request: dict[str, Any], num_repeats: int
-) -> dict[str, list[float]]:
-    """Seconds of every way to sample the same chunk, by round, after one to warm up."""
+) -> dict[str, list[Taken]]:
+    """What every way to sample the same chunk takes, by round."""
     observation, noise = tensors(policy, robot, request)
 
-    def guided(guidance_beta: float) -> Tensor:
-        return policy.predict_action_chunk(observation, noise=noise, guidance_beta=guidance_beta)
+    def kept(guidance_beta: float, num_steps: int) -> Tensor:
+        return policy.predict_action_chunk(observation, noise=noise, guidance_beta=guidance_beta, num_steps=num_steps)
 
-    ways: dict[str, Callable[[], Tensor]] = {
-        "cached": lambda: guided(1.0),
-        "guided": lambda: guided(GUIDANCE_BETA),
-        "recomputed": lambda: sample_anew(policy, observation, noise, encode_anew=True),
+    ways: dict[str, Callable[[int], Tensor]] = {
+        "cached": lambda num_steps: kept(1.0, num_steps),
+        "guided": lambda num_steps: kept(GUIDANCE_BETA, num_steps),
+        "recomputed": lambda num_steps: sample_anew(policy, observation, noise, num_steps, encode_anew=True),
     }
     if policy.config.model.action_expert == "dit_cross":
-        ways["projected"] = lambda: sample_anew(policy, observation, noise, encode_anew=False)
-    chunks = {name: way() for name, way in ways.items()}
-    for name in chunks.keys() - {"guided"}:
-        off = (chunks[name] - chunks["cached"]).abs().max() / chunks["cached"].abs().max()
-        assert off < 0.05, f"{name} samples another chunk"
-    rounds = [{name: seconds_of(way) for name, way in ways.items()} for _ in range(num_repeats)]
+        ways["projected"] = lambda num_steps: sample_anew(policy, observation, noise, num_steps, encode_anew=False)
+    check_equal({name: way(CHECKED_STEPS) for name, way in ways.items()})
+    num_steps = policy.config.num_inference_steps
+    rounds = [{name: taken_by(partial(way, num_steps)) for name, way in ways.items()} for _ in range(num_repeats)]
     return {name: [each[name] for each in rounds] for name in ways}
+
+
+def check_equal(chunks: dict[str, Tensor]) -> None:
+    """Rounding apart, all but ``guided``. It warms up as well."""
+    expected = chunks["cached"]
+    for name in chunks.keys() - {"guided"}:
+        chunk = chunks[name]
+        assert (chunk - expected).abs().max() < 0.05 * expected.abs().max(), f"{name} samples another chunk"
 
 
 def shares(
     policy: PiStarRECAPPolicy, robot: RobotPolicy, request: dict[str, Any], num_repeats: int
-) -> dict[str, float]:
-    """Where the seconds of a chunk go: the prefix, and one step of the expert."""
+) -> dict[str, list[Taken]]:
+    """Where the time of a chunk goes: the prefix, and one step of the expert."""
     observation, noise = tensors(policy, robot, request)
     with torch.no_grad():
         prefix = policy.vlm(observation, to_pixels(observation.images))
@@ -103,8 +117,7 @@ def shares(
             "prefix": lambda: policy.vlm(observation, to_pixels(observation.images)).hidden,
             "step": lambda: velocity_of(policy, context, observation, noise, torch.ones_like(noise[:, 0, 0])),
         }
-        taken = {name: [seconds_of(way) for _ in range(num_repeats + 1)][1:] for name, way in ways.items()}
-    return {name: round(statistics.median(each), 4) for name, each in taken.items()}
+        return {name: [taken_by(way) for _ in range(num_repeats)] for name, way in ways.items()}
 
 
 def tensors(policy: PiStarRECAPPolicy, robot: RobotPolicy, request: dict[str, Any]) -> tuple[Observation, Tensor]:
@@ -118,7 +131,9 @@ def tensors(policy: PiStarRECAPPolicy, robot: RobotPolicy, request: dict[str, An
 
 
 @torch.no_grad()
-def sample_anew(policy: PiStarRECAPPolicy, observation: Observation, noise: Tensor, encode_anew: bool) -> Tensor:
+def sample_anew(
+    policy: PiStarRECAPPolicy, observation: Observation, noise: Tensor, num_steps: int, encode_anew: bool
+) -> Tensor:
     """As ``predict_action_chunk`` without what it keeps; ``encode_anew`` False keeps the prefix, not its projection."""
     kept = None if encode_anew else policy.vlm(observation, to_pixels(observation.images))
 
@@ -126,7 +141,7 @@ def sample_anew(policy: PiStarRECAPPolicy, observation: Observation, noise: Tens
         seen = kept or policy.vlm(observation, to_pixels(observation.images))
         return velocity_of(policy, policy.action_expert.encode_prefix(seen), observation, x_t, flow_time)
 
-    return euler(velocity, noise, policy.config.num_inference_steps)
+    return euler(velocity, noise, num_steps)
 
 
 def velocity_of(
@@ -138,14 +153,26 @@ def velocity_of(
     return policy.action_expert(context, observation.state, x_t[:, None], flow_time[:, None], indicator, valid)[:, 0]
 
 
-def seconds_of(way: Callable[[], Tensor]) -> float:
-    begin = time.perf_counter()
+def taken_by(way: Callable[[], Tensor]) -> Taken:
+    begin, host = time.perf_counter(), time.process_time()
     way().cpu()  # waits for the device
-    return time.perf_counter() - begin
+    return Taken(time.perf_counter() - begin, time.process_time() - host)
 
 
-def ratio(rounds: dict[str, list[float]], name: str, over: str) -> float:
-    return round(statistics.median(a / b for a, b in zip(rounds[name], rounds[over], strict=True)), 3)
+def medians(rounds: Sequence[Taken]) -> dict[str, float]:
+    return {
+        kind: round(statistics.median(each), 4)
+        for kind, each in zip(Taken._fields, zip(*rounds, strict=True), strict=True)
+    }
+
+
+def ratios(rounds: Sequence[Taken], over: Sequence[Taken]) -> dict[str, float]:
+    """Medians of ratios within one round."""
+    shares = [[a / b for a, b in zip(*pair, strict=True)] for pair in zip(rounds, over, strict=True)]
+    return {
+        kind: round(statistics.median(each), 3)
+        for kind, each in zip(Taken._fields, zip(*shares, strict=True), strict=True)
+    }
 
 
 # -- clients ----------------------------------------------------------------------------------------------------------
@@ -191,14 +218,16 @@ def serve_clients(
 
 def table(figures: dict[str, Any]) -> list[str]:
     """For people."""
-    seconds = ", ".join(f"{name} {each:.4f}" for name, each in figures["seconds"].items())
+    parts = figures["seconds"] | figures["seconds_of_parts"]
     lines = [
         f"{figures['expert']}, {figures['parameters'] / 1e6:.0f} M parameters, "
         f"{figures['dtype']} on {figures['device']}",
-        f"seconds a chunk: {seconds}; prefix {figures['seconds_of_parts']['prefix']:.4f}, "
-        f"a step of the expert {figures['seconds_of_parts']['step']:.4f}",
-        f"guided {figures['guided_over_cached']:.2f} x unguided; recomputed {figures['recomputed_over_cached']:.2f} x "
-        "cached",
+        f"{'':12}{'wall s':>9}{'host s':>9}{'x cached':>10}{'of host s':>10}",
+    ]
+    for name, seconds in parts.items():
+        over = figures["over_cached"].get(name, {"wall": "", "host": ""})
+        lines.append(f"{name:12}{seconds['wall']:>9.4f}{seconds['host']:>9.4f}{over['wall']:>10}{over['host']:>10}")
+    lines += [
         f"{'':10}{'clients':>9}{'p50 s':>9}{'p95 s':>9}{'chunks/s':>10}{'batch':>7}",
     ]
     for name, rows in figures["clients"].items():

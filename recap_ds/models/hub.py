@@ -46,7 +46,8 @@ def push_export(
     from huggingface_hub import HfApi
 
     source = record.provenance
-    made_by = f"{source.run}, step {source.step}" if source.run else "recap_ds"
+    # "RUN step N", as far as that is known.
+    made_by = " step ".join(str(each) for each in (source.run, source.step) if each is not None) or "recap_ds"
     try:
         hub = HfApi(token=token)
         hub.create_repo(repo_id, private=private, exist_ok=True)

@@ -35,6 +35,8 @@ class Batcher:
 
     def __init__(self, predict: Predict, max_batch: int):
         self._predict, self._max_batch = predict, max_batch
+        # True = the last request failed alone: an accelerator that has broken answers none of the next ones either.
+        self.failing = False
         self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
@@ -70,6 +72,7 @@ class Batcher:
             chunks = await self._loop.run_in_executor(self._thread, self._predict, [each.request for each in batch])
         except Exception as error:
             if len(batch) == 1:
+                self.failing = True
                 if not batch[0].answer.done():
                     batch[0].answer.set_exception(error)
                 return
@@ -78,6 +81,7 @@ class Batcher:
             for each in batch:
                 await self._answer([each])
             return
+        self.failing = False
         infer_seconds = time.perf_counter() - begin
         for each, actions in zip(batch, chunks, strict=True):
             if not each.answer.done():

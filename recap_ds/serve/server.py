@@ -109,6 +109,8 @@ class PolicyServer:
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
         """Before the websocket opens: an HTTP answer, or None to go on."""
         if request.path.partition("?")[0] == "/healthz":
+            if self._batcher.failing:
+                return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "the last request failed\n")
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         key = self._settings.api_key
         if key is not None:
@@ -207,7 +209,13 @@ async def _before(event: asyncio.Future[Any], work: Coroutine[Any, Any, str | by
 
 
 def _logger() -> logging.Logger:
-    """websockets' own words, without one for every client that leaves in disorder."""
+    """websockets' own words, without some for every client that arrives or leaves in disorder."""
     logger = logging.getLogger("recap_ds.serve")
     logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_about_us)
     return logger
+
+
+def _is_about_us(record: logging.LogRecord) -> bool:
+    # An error to websockets 15: what was sent was no handshake.
+    return record.getMessage() != "opening handshake failed"

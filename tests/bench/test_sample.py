@@ -19,9 +19,13 @@ def test_it_prints_one_line_of_json(expert, capsys):
     figures = json.loads(said.out)
     assert (figures["bench"], figures["expert"], figures["dtype"]) == ("sample", expert, "float32")
     ways = {"cached", "guided", "recomputed"} | ({"projected"} if expert == "dit_cross" else set())
-    assert figures["seconds"].keys() == ways and all(seconds > 0 for seconds in figures["seconds"].values())
-    for ratio in ("guided_over_cached", "recomputed_over_cached"):
-        assert figures[ratio] > 0
+    assert figures["seconds"].keys() == ways and figures["over_cached"].keys() == ways - {"cached"}
+    assert figures["seconds_of_parts"].keys() == {"prefix", "step"}
+    for each in (*figures["seconds"].values(), *figures["over_cached"].values(), *figures["seconds_of_parts"].values()):
+        assert each.keys() == {"wall", "host"} and each["wall"] > 0 and each["host"] > 0
+    # One round: its ratio is that of its seconds, which are rounded.
+    seconds = figures["seconds"]["recomputed"]["wall"] / figures["seconds"]["cached"]["wall"]
+    assert figures["over_cached"]["recomputed"]["wall"] == pytest.approx(seconds, rel=0.02)
     for rows in (figures["clients"]["unguided"], figures["clients"]["guided"]):
         assert [(row["clients"], row["requests"]) for row in rows] == [(1, 2), (3, 6)]
         assert all(0 < row["p50_seconds"] <= row["p95_seconds"] for row in rows)

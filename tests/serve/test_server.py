@@ -220,7 +220,7 @@ def test_no_more_clients_than_the_limit(robot):
 
 def test_who_stops_answering_is_let_go(robot):
     """Before the handshake, in the middle of a frame and in silence after it: half-open sockets."""
-    settings = ServerSettings(port=0, max_clients=2, ping_seconds=1.0, handshake_seconds=0.5)
+    settings = ServerSettings(port=0, max_clients=2, ping_seconds=2.0, handshake_seconds=3.0)
     with serving(robot, {}, settings) as port:
         silent = [socket.create_connection((HOST, port), timeout=10) for _ in range(3)]
         for raw in silent[1:]:
@@ -286,7 +286,7 @@ def test_a_late_answer_is_not_taken_for_the_next(export):
     go, whole = threading.Event(), served.predict_chunks
     served.predict_chunks = lambda requests: (go.wait(10), whole(requests))[1]
     with serving(served, {}, ServerSettings(port=0)) as port:
-        client = PolicyClient(HOST, port, timeout_seconds=0.2)
+        client = PolicyClient(HOST, port, timeout_seconds=2.0)
         with pytest.raises(RunFailed, match="the policy server does not answer any more"):
             client.infer(request(0))
         go.set()
@@ -296,12 +296,20 @@ def test_a_late_answer_is_not_taken_for_the_next(export):
 
 def test_a_fault_of_ours_is_told_and_printed(export, capsys):
     served, _ = load_made(export)
-    served.predict_chunks = lambda requests: 1 / 0
+    whole = served.predict_chunks
+    served.predict_chunks = lambda requests: [][0] if broken else whole(requests)
+    broken = True
     with serving(served, {}, ServerSettings(port=0)) as port, PolicyClient(HOST, port) as client:
+        health = f"http://{HOST}:{port}/healthz"
         for _ in range(2):  # and the connection lives
             with pytest.raises(UsageError, match="the server failed on this request; its log says why"):
                 client.infer(request(1))
-    assert "ZeroDivisionError" in capsys.readouterr().err
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(health, timeout=10)
+        broken = False
+        assert client.infer(request(1))["actions"].shape == (4, 2)
+        assert urllib.request.urlopen(health, timeout=10).status == 200
+    assert "IndexError" in capsys.readouterr().err
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
