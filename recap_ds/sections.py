@@ -221,6 +221,10 @@ class DataConfig(Section):
     # A shard that cannot be fetched is tried again for so long, then the run ends. Less than
     # training.hang_timeout_seconds.
     fetch_patience_seconds: float = Field(600.0, ge=0)
+    # Read shards from end to end in a random order instead of keeping them, for sets that no disk holds: which sample
+    # fills a slot is then left to chance. Every worker mixes stream_pool_samples of each source or data set.
+    streaming: bool = False
+    stream_pool_samples: int = Field(1024, ge=1)
     # Stage policy: the tag under which launch/label.py wrote the labels it is to learn from.
     labels: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     # Sampling weight of a source ("demo") or of one data set of it ("demo/NAME", of the episodes "NAME/<index>"); a

@@ -33,17 +33,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     index.set_defaults(run=run_index)
 
     show = verbs.add_parser("show", help="counts, outcomes, statistics and a contact sheet of pictures")
-    show.add_argument("folder", type=Path, metavar="FOLDER")
-    show.add_argument("--out", type=Path, metavar="PNG", help="contact sheet (default: FOLDER/contact_sheet.png)")
+    show.add_argument("shards", metavar="SHARDS", help="a folder, or the address of a remote one")
+    show.add_argument(
+        "--out", type=Path, metavar="PNG", help="contact sheet, of local shards (default: SHARDS/contact_sheet.png)"
+    )
+    _add_cache_folder(show)
     show.set_defaults(run=run_show)
 
     verify = verbs.add_parser("verify", help="read every byte; exit 1 with a line per fault")
     verify.add_argument("shards", metavar="SHARDS", help="a folder, or the address of a remote one")
     verify.add_argument("--jobs", type=count, default=1)
-    verify.add_argument("--cache-folder", metavar="FOLDER", help="where remote shards are kept: data.cache_folder")
+    _add_cache_folder(verify)
     verify.set_defaults(run=run_verify)
 
     shards_manage.add_parser(verbs)
+
+
+def _add_cache_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache-folder", metavar="FOLDER", help="where what is remote is kept (as data.cache_folder)")
 
 
 def run_make(args: argparse.Namespace) -> int:
@@ -70,12 +77,22 @@ def run_index(args: argparse.Namespace) -> int:
 
 
 def run_show(args: argparse.Namespace) -> int:
+    from recap_ds.config import DataConfig
+    from recap_ds.data.cache import ShardCache
+    from recap_ds.data.remote import is_remote
+    from recap_ds.data.remote_set import RemoteSet
     from recap_ds.data.show import contact_sheet, describe
 
-    print(describe(args.folder))
-    out = args.out or args.folder / "contact_sheet.png"
+    if is_remote(args.shards):
+        if args.out is not None:
+            raise UsageError(f"--out {args.out}: pictures are drawn of local shards only")
+        remote = RemoteSet.open(args.shards, ShardCache.of(DataConfig(cache_folder=args.cache_folder)))
+        print(describe(remote.folder, remote.origin.place))
+        return 0
+    print(describe(args.shards))
+    out = args.out or Path(args.shards) / "contact_sheet.png"
     try:
-        contact_sheet(args.folder).save(out, format="PNG")
+        contact_sheet(args.shards).save(out, format="PNG")
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
     print(f"\n{out}: contact sheet")

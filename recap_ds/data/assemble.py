@@ -79,6 +79,10 @@ class Assembler:
         """Raises DamagedSample."""
         return self._decoder.read(self.shard_set, sample, self.needs_next(sample))
 
+    def decode(self, sample: int, members: dict[str, bytes]) -> SampleArrays:
+        """The same of members that were read elsewhere. Raises DamagedSample."""
+        return self._decoder.decode_sample(self.shard_set, sample, members, self.needs_next(sample))
+
     def needs_next(self, sample: int) -> bool:
         """True = the TD target reads the sample's next observation."""
         return self._learns_by_td and bool(self._next_offsets(np.array([sample])) > 0)

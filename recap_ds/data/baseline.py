@@ -15,6 +15,8 @@ from recap_ds.data.shard_set import DamagedSample, ShardSet
 # Read at most this many samples of each task and source: their mean is then as good a constant as any to within half a
 # percent of the squared error. Every rank reads them when a run starts, so more would cost a large set minutes.
 MAX_SAMPLES = 256
+# Of remote shards a run should fetch those it trains on, not one for each of these samples.
+MAX_REMOTE_SHARDS = 8
 
 
 class MeanActions(NamedTuple):
@@ -42,8 +44,14 @@ def mean_actions(shard_set: ShardSet, held_out_fraction: float, seed: int) -> Me
     mean, weight = np.zeros((*shape, manifest.action_dim)), np.zeros(shape)
     for task, source in np.ndindex(shape):
         ids = np.flatnonzero(training & (table.task == task) & (table.source == source))
-        chosen = generator(seed, Purpose.BASELINE_CHOICE, task, source).permutation(ids)[:MAX_SAMPLES]
-        actions = [action for sample in chosen if (action := _own_action(shard_set, int(sample))) is not None]
+        drawn = generator(seed, Purpose.BASELINE_CHOICE, task, source).permutation(ids)
+        if shard_set.remote is not None:
+            shard = np.searchsorted(shard_set.shard_starts, drawn, side="right")
+            _, first_drawn = np.unique(shard, return_index=True)
+            drawn = drawn[np.isin(shard, shard[np.sort(first_drawn)[:MAX_REMOTE_SHARDS]])]
+        actions = [
+            action for sample in drawn[:MAX_SAMPLES] if (action := _own_action(shard_set, int(sample))) is not None
+        ]
         if actions:
             mean[task, source] = np.mean(actions, axis=0, dtype=np.float64)
             weight[task, source] = len(ids)

@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     BASELINE_CHOICE = 10
     IMAGE_LENDER = 11  # place: task
     ROLLOUT_NOISE = 12  # place: episode, frame
+    STREAM_SHARDS = 13  # place: first slot, stream, epoch
 
 
 class SampleDraws(NamedTuple):

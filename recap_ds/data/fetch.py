@@ -43,38 +43,72 @@ def fetch_file(
 
     Raises FileLost and RunFailed.
     """
-    num_wrong = 0
-    deadline = time.monotonic() + patience_seconds
-    for num_failed, pause in enumerate(_pauses(), start=1):
+    num_wrong, patience = 0, _Patience(origin, name, patience_seconds)
+    while True:
         try:
             found = problem(_copy(origin, name, file, max_bytes))
-            if found is None:
-                return
-            num_wrong += 1
-        except NotThere as failure:
-            raise FileLost(f"{name}: {failure}") from None
-        except Refused as failure:
-            raise RunFailed(f"{origin.place}: {name} cannot be had: {failure}") from None
         except TransferFailed as failure:
-            found = str(failure)
+            patience.pause(failure)
+            continue
+        if found is None:
+            return
+        num_wrong += 1
         if num_wrong == MAX_WRONG:
             raise FileLost(f"{name}: {found}, {MAX_WRONG} times")
-        if time.monotonic() + pause > deadline:
-            raise RunFailed(
-                f"{origin.place}: {name} could not be fetched, {num_failed} times within {patience_seconds:g} s "
-                f"(data.fetch_patience_seconds); at last: {found}"
-            )
-        if num_failed > QUIET_FAILURES:
-            print(f"warning: {origin.place}: {name}: {found}; again in {pause:.1f} s", file=sys.stderr, flush=True)
-        time.sleep(pause)
+        patience.pause(TransferFailed(found))
 
 
-def _pauses() -> Iterator[float]:
-    pause = FIRST_PAUSE_SECONDS
+def stream_file(origin: Origin, name: str, *, max_bytes: int, patience_seconds: float) -> Iterator[bytes]:
+    """The first ``max_bytes`` of a file as they come. One that breaks off is asked for again, and goes on where it was.
+
+    Nothing is checked. Raises FileLost and RunFailed.
+    """
+    num_given, patience = 0, _Patience(origin, name, patience_seconds)
     while True:
+        try:
+            with closing(origin.read(name)) as blocks:
+                position = 0
+                for block in blocks:
+                    fresh = block[max(0, num_given - position) : max_bytes - position]
+                    position += len(block)
+                    if fresh:
+                        num_given += len(fresh)
+                        patience = _Patience(origin, name, patience_seconds)
+                        yield fresh
+                    if num_given == max_bytes:
+                        return
+            return
+        except TransferFailed as failure:
+            patience.pause(failure)
+
+
+class _Patience:
+    """How long one file has been tried for."""
+
+    def __init__(self, origin: Origin, name: str, seconds: float):
+        self._origin, self._name, self._seconds = origin, name, seconds
+        self._deadline = time.monotonic() + seconds
+        self._num_failed, self._pause = 0, FIRST_PAUSE_SECONDS
+
+    def pause(self, failure: TransferFailed) -> None:
+        """Wait before the next try; FileLost or RunFailed where there should be none."""
+        if isinstance(failure, NotThere):
+            raise FileLost(f"{self._name}: {failure}")
+        if isinstance(failure, Refused):
+            raise RunFailed(f"{self._origin.place}: {self._name} cannot be had: {failure}")
+        self._num_failed += 1
         # Ranks that lost the same server do not come back to it all at once.
-        yield pause * _jitter.uniform(0.5, 1.5)
-        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        pause = self._pause * _jitter.uniform(0.5, 1.5)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+        if time.monotonic() + pause > self._deadline:
+            raise RunFailed(
+                f"{self._origin.place}: {self._name} could not be fetched, {self._num_failed} times within "
+                f"{self._seconds:g} s (data.fetch_patience_seconds); at last: {failure}"
+            )
+        if self._num_failed > QUIET_FAILURES:
+            said = f"warning: {self._origin.place}: {self._name}: {failure}; again in {pause:.1f} s"
+            print(said, file=sys.stderr, flush=True)
+        time.sleep(pause)
 
 
 def _copy(origin: Origin, name: str, file: IO[bytes], max_bytes: int) -> FileRecord:

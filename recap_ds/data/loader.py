@@ -59,9 +59,7 @@ class TransitionDataset(Dataset):
         parts, samples = self.order.samples(slots)
         arrays, replaced = [], np.zeros(len(slots), bool)
         for row, slot in enumerate(slots):
-            wanted = int(samples[row])
-            samples[row], read = self._read(int(slot), int(parts[row]), wanted)
-            replaced[row] = samples[row] != wanted
+            samples[row], read, replaced[row] = self._read(int(slot), int(parts[row]), int(samples[row]))
             arrays.append(read)
         return self.assembler.stack(samples, arrays, self._draws(slots), np.ones(len(slots), bool), replaced)
 
@@ -71,10 +69,19 @@ class TransitionDataset(Dataset):
         time = flow_time(torch.from_numpy(uniform)).float().numpy()
         return BatchDraws(slots, noise, time, dropped, augmentation)
 
-    def _read(self, slot: int, part: int, sample: int) -> tuple[int, SampleArrays]:
+    def starting_at(self, slot: int) -> "TransitionDataset":
+        """What a loader of the slots from ``slot`` on reads from: any slot can be read at any time."""
+        return self
+
+    def names(self, slots: np.ndarray, what: str) -> list[str]:
+        """Shard and key of the samples in ``slots``, and ``what`` is with them."""
+        return [str(self.assembler.shard_set.damaged(int(i), what)) for i in self.order.samples(slots)[1]]
+
+    def _read(self, slot: int, part: int, sample: int) -> tuple[int, SampleArrays, bool]:
+        """The sample that fills the slot, by choice ``sample``; True if another had to stand in for it."""
         for attempt in range(MAX_ATTEMPTS + 1):
             try:
-                return sample, self.assembler.read(sample)
+                return sample, self.assembler.read(sample), attempt > 0
             except DamagedSample as damage:
                 log_damage(self._damage_log, damage, slot)
                 last = damage
@@ -139,7 +146,7 @@ def build_train_loader(
     """
     options = worker_options(config.data) if config.data.num_workers else {}
     return BatchLoader(
-        dataset,
+        dataset.starting_at(start_slot),
         batch_sampler=SlotBatches(start_slot, num_steps, sizes, rank),
         collate_fn=_to_send if config.data.num_workers else _as_it_is,
         pin_memory=pin_memory,

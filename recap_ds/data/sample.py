@@ -53,7 +53,12 @@ class SampleDecoder:
 
     def read(self, shard_set: ShardSet, sample: int, needs_next: bool) -> SampleArrays:
         """Raises DamagedSample. ``needs_next``: the TD target reads the next observation."""
-        members = shard_set.read_members(sample)
+        return self.decode_sample(shard_set, sample, shard_set.read_members(sample), needs_next)
+
+    def decode_sample(
+        self, shard_set: ShardSet, sample: int, members: dict[str, bytes], needs_next: bool
+    ) -> SampleArrays:
+        """The same of members that were read elsewhere. Raises DamagedSample."""
         try:
             return self.decode(members, int(shard_set.table.num_valid[sample]), needs_next)
         except _WrongMember as error:

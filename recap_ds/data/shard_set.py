@@ -17,7 +17,7 @@ from recap_ds.batch import SOURCE_IDS
 from recap_ds.config import DataConfig
 from recap_ds.data.cache import ShardCache
 from recap_ds.data.draws import identity_of
-from recap_ds.data.index import ShardIndex
+from recap_ds.data.index import ShardIndex, members_crc
 from recap_ds.data.manifest import Manifest, ShardEntry
 from recap_ds.data.remote import is_remote
 from recap_ds.data.remote_set import RemoteSet
@@ -124,6 +124,11 @@ class ShardSet:
         if crc != self.table.crc32[sample]:
             raise self.damaged(sample, "its bytes do not match the index's crc32")
         return members
+
+    def is_whole(self, sample: int, members: dict[str, bytes]) -> bool:
+        """Are these the members that were written, and all of them?"""
+        expected = {self.suffixes[i] for i in np.flatnonzero(self.table.sizes[sample] >= 0)}
+        return members.keys() == expected and members_crc(members) == self.table.crc32[sample]
 
     def damaged(self, sample: int, what: str) -> DamagedSample:
         shard = self.shard_of(sample)

@@ -22,11 +22,13 @@ CELL_PIXELS = 128
 LABEL_PIXELS = 16
 
 
-def describe(folder: str | Path) -> str:
-    """Text of several lines."""
+def describe(folder: str | Path, place: str | None = None) -> str:
+    """Text of several lines. ``place``: what to call the folder, if not by its path."""
     manifest = Manifest.load(folder)
     indices = _load_indices(folder, manifest)
-    return "\n\n".join((_facts(folder, manifest), _sources(manifest), _tasks(manifest, indices), _statistics(manifest)))
+    return "\n\n".join(
+        (_facts(place or folder, manifest), _sources(manifest), _tasks(manifest, indices), _statistics(manifest))
+    )
 
 
 def contact_sheet(folder: str | Path) -> Image.Image:

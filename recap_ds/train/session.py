@@ -128,7 +128,7 @@ def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo)
     normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
     tokenizer = _tokenizer(config, start)
     assembler = Assembler(shard_set, config, tokenizer, normalizer, scale, labels)
-    dataset = TransitionDataset(assembler, config, sizes.total, damage_log=run.damaged)
+    dataset = _dataset(assembler, config, sizes, info, run)
     contract = _contract(config, shard_set, normalizer, scale)
     return Plan(config, info, sizes, ds_config, precision, run, dataset, normalizer, contract, tasks, start)
 
@@ -138,6 +138,17 @@ def _tokenizer(config: PiStarRECAPConfig, start: StartPoint | None) -> Tokenizer
     if start is None or config.has_own_backbone:
         return build_tokenizer(config.vlm_source.name, config.vlm_source.revision, config.has_own_backbone)
     return load_tokenizer(start.export, config)
+
+
+def _dataset(
+    assembler: Assembler, config: PiStarRECAPConfig, sizes: BatchSizes, info: RankInfo, run: RunFolder
+) -> TransitionDataset:
+    if not config.data.streaming:
+        return TransitionDataset(assembler, config, sizes.total, damage_log=run.damaged)
+    # Here, because webdataset is slow to import.
+    from recap_ds.data.stream import StreamDataset
+
+    return StreamDataset(assembler, config, sizes.total, info.rank, info.world, damage_log=run.damaged)
 
 
 def hash_of(labels: LabelSet | None) -> str | None:

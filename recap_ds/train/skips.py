@@ -90,6 +90,4 @@ def _line(session: Session, step: int, slots: torch.Tensor, facts: dict[str, Any
 
 def name_samples(session: Session, slots: np.ndarray, what: str) -> list[str]:
     """Shard and key of the samples in ``slots``."""
-    dataset = session.plan.dataset
-    table = dataset.assembler.shard_set
-    return [str(table.damaged(int(sample), what)) for sample in dataset.order.samples(slots)[1]]
+    return session.plan.dataset.names(slots, what)

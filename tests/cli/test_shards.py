@@ -6,6 +6,7 @@ from PIL import Image
 from recap_ds.cli import shards
 from recap_ds.data.manifest import Manifest
 from recap_ds.errors import UsageError
+from tests.data.shard_server import serve
 
 
 def run(*words: object) -> int:
@@ -65,6 +66,17 @@ def test_show_prints_and_draws(folder, tmp_path, capsys):
         assert sheet.format == "PNG"
     with pytest.raises(UsageError, match="--out"):
         run("show", folder, "--out", tmp_path / "missing" / "sheet.png")
+
+
+def test_remote_shards_are_shown_and_verified(folder, tmp_path, capsys):
+    cache = ("--cache-folder", tmp_path / "cache")
+    with serve(folder) as server:
+        assert run("show", server.url, *cache) == 0
+        assert capsys.readouterr().out.startswith(f"{server.url}: {Manifest.load(folder).num_samples} samples")
+        assert run("verify", server.url, *cache, "--jobs", 1) == 0
+        assert capsys.readouterr().out == f"{server.url}: sound\n"
+        with pytest.raises(UsageError, match=r"--out .*: pictures are drawn of local shards only"):
+            run("show", server.url, *cache, "--out", "x.png")
 
 
 @pytest.mark.parametrize("words", [("make",), ("make", "x", "--episodes", "0"), ("verify", "x", "--jobs", "two"), ()])

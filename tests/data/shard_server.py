@@ -19,15 +19,19 @@ class ShardServer(ThreadingHTTPServer):
         self.drop_every = 0  # every so many requests are left without an answer
         self.truncate: set[str] = set()  # names whose next answer breaks off in the middle
         self.answers: dict[str, int] = {}  # name -> status code instead of the file
+        self.num_dropped = 0
         self.requests: Counter[str] = Counter()
         self.queries: set[str] = set()
         self._number, self._lock = 0, threading.Lock()
 
-    def number(self, name: str) -> int:
+    def is_dropped(self, name: str) -> bool:
+        """Counts the request."""
         with self._lock:
             self.requests[name] += 1
             self._number += 1
-            return self._number
+            is_dropped = bool(self.drop_every) and self._number % self.drop_every == 0
+            self.num_dropped += is_dropped
+            return is_dropped
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -37,8 +41,7 @@ class _Answer(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         name = path.removeprefix("/sets/mine/")
         self.server.queries.add(query)
-        number = self.server.number(name)
-        if self.server.drop_every and number % self.server.drop_every == 0:
+        if self.server.is_dropped(name):
             return  # and the connection is closed
         file = self.server.folder / name
         code = self.server.answers.get(name, 200 if file.is_file() else 404)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from recap_ds.config import DataConfig
-from recap_ds.data import fetch, remote_set
+from recap_ds.data import baseline, fetch, remote_set
+from recap_ds.data.baseline import mean_actions
 from recap_ds.data.cache import ShardCache
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.labels import labels_folder, read_labels
@@ -131,6 +132,19 @@ def test_labels_beside_a_remote_set_are_read(store, tmp_path):
         read_labels(remote, "first")
     with pytest.raises(UsageError, match="no labels with the tag 'second'"):
         read_labels(remote, "second")
+
+
+def test_the_mean_action_is_read_from_a_few_shards(store, made, tmp_path, monkeypatch):
+    local = mean_actions(ShardSet.open(made), 0.0, seed=0)
+    whole = mean_actions(open_set(store, tmp_path), 0.0, seed=0)
+    np.testing.assert_array_equal(whole.mean, local.mean)
+    monkeypatch.setattr(baseline, "MAX_REMOTE_SHARDS", 1)
+    store.requests.clear()
+    few = mean_actions(open_set(store, tmp_path / "other"), 0.0, seed=0)
+    num_kinds = np.count_nonzero(local.weight)
+    assert sum(name.endswith(".tar") for name in store.requests) <= num_kinds
+    np.testing.assert_array_equal(few.weight, local.weight)
+    assert (few.mean != local.mean).any()
 
 
 def test_every_byte_of_a_remote_set_is_verified(store, tmp_path):

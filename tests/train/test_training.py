@@ -1,11 +1,17 @@
 """Whole trainings under ZeRO-3: what must not depend on ranks, accumulation, evaluation or an interruption."""
 
+import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from recap_ds.config import SOURCES
+from recap_ds.data.tar import file_sha256
 from recap_ds.envs.scripted import write_reach_shards
+from tests.data.shard_server import ShardServer, serve
 from tests.distributed.harness import run_ranks
 from tests.models.tiny_architectures import build, save
 
@@ -22,7 +28,17 @@ def folder(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder) -> list[dict[str, Any]]:
+def server(folder) -> Iterator[ShardServer]:
+    """Of the same shards: every tenth connection breaks, and the first answer with a shard of each source."""
+    with serve(Path(folder) / "shards") as server:
+        server.drop_every = 10
+        server.truncate = {f"{source}-000000.tar" for source in SOURCES}
+        (Path(folder) / "address").write_text(server.url)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder, server) -> list[dict[str, Any]]:
     return run_ranks(WORKER, 2, folder, "everything", timeout_seconds=600)
 
 
@@ -75,6 +91,17 @@ def test_an_interrupted_run_ends_with_the_same_bytes(two_ranks, kind):
 def test_evaluation_between_steps_leaves_the_training_bit_identical(two_ranks):
     assert two_ranks[0]["evaluated_bytes"] == two_ranks[0]["blind_bytes"]
     assert two_ranks[0]["full"]["losses"] == two_ranks[0]["no_evaluation"]["losses"]
+
+
+def test_shards_from_an_unreliable_server_train_the_same_run(two_ranks, folder, server):
+    for rank in two_ranks:
+        remote, local = rank["remote"], rank["full"]
+        assert (remote["losses"], remote["weights"]) == (local["losses"], local["weights"])
+        assert remote["summary"]["evaluation"] == local["summary"]["evaluation"]
+    assert server.num_dropped > 0 and not server.truncate
+    shards = json.loads((Path(folder) / "shards" / "manifest.json").read_text())["shards"]
+    found = {path.stem: file_sha256(path) for path in (Path(folder) / "cache" / "shards").glob("*.[tp]ar*")}
+    assert found == {shard["sha256"]: shard["sha256"] for shard in shards}
 
 
 def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(two_ranks):

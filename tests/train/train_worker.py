@@ -269,6 +269,9 @@ def scenarios(runtime: Runtime, folder: str, which: str) -> dict[str, Any]:
     results["no_evaluation"] = run_whole(runtime, blind)
     results["evaluated_bytes"] = files_hash(root / "runs" / f"full_{world}" / "checkpoints" / f"step_{STEPS:08d}")
     results["blind_bytes"] = files_hash(root / "runs" / "no_evaluation" / "checkpoints" / f"step_{STEPS:08d}")
+    # From a server that loses connections, by way of the cache.
+    remote = {"shards": (root / "address").read_text(), "cache_folder": str(root / "cache")}
+    results["remote"] = run_whole(runtime, run_config(root, "remote", data=remote))
     results["stopped"] = stopped_and_continued(runtime, run_config(root, "stopped"), step=SAVE_AT + 1)
     guard = {"spike_action": "rollback", "spike_max_in_a_row": 2, "spike_window_steps": 10}
     results["guarded"] = with_spikes(runtime, run_config(root, "guarded", training=guard), range(0))
