@@ -229,6 +229,8 @@ def _summary(
     yield "tasks: " + ", ".join(f"{task} ({count})" for task, count in sorted(tally.tasks.items()))
     stored = ", ".join(f"{camera.name} {camera.width}x{camera.height}" for camera in metadata.cameras)
     yield f"images: {image_size} px squares from {stored}"
+    for line in report.outliers:
+        yield f"look at: {line}"
     if metadata.left_out_cameras:
         yield f"left out: {', '.join(metadata.left_out_cameras)}"
 

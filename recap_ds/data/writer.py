@@ -26,6 +26,7 @@ from recap_ds.data.index import SampleRecord, ShardIndex
 from recap_ds.data.intake import Intake, StoredFormat, Take, check_format
 from recap_ds.data.manifest import Manifest, ShardEntry
 from recap_ds.data.npy import npy_bytes
+from recap_ds.data.outliers import find_outliers
 from recap_ds.data.spool import Spool, spool_episodes
 from recap_ds.data.staging import Staging, open_staging
 from recap_ds.data.stats import FeatureStats
@@ -45,6 +46,7 @@ class WriteReport:
     num_samples: int
     was_there: bool = False  # the same import was made before: nothing was done
     num_resumed: int = 0  # episodes whose pictures an interrupted attempt had left
+    outliers: tuple[str, ...] = ()  # values to look at, in words
 
 
 def write_shards(
@@ -114,6 +116,7 @@ def _write(
         num_episodes=len(intake.takes),
         num_samples=sum(entry.num_samples for entry in entries),
         num_resumed=sum(spool.made_before for spool in spools.values()),
+        outliers=tuple(find_outliers(intake.takes)),
     )
 
 

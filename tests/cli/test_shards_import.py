@@ -179,6 +179,13 @@ def test_stride_and_no_next(tmp_path):
     np.testing.assert_array_equal(samples["set/0", 5]["actions.npy"][:6], actions(0, 11)[5:])
 
 
+def test_values_far_off_are_printed(tmp_path, capsys):
+    glitch = {"observation.force": lambda _, length: [1e5 if t == 9 else 0.1 * (t % 7) for t in range(length)]}
+    write_dataset(tmp_path / "set", (210,), columns=glitch, stored_as="image")
+    run_import(tmp_path / "set", tmp_path / "out", "--source", "demo", "--state-keys", "observation.force")
+    assert "look at: episode set/0, frame 9: state[0] is 1e+05, 98 % of the values" in capsys.readouterr().out
+
+
 def test_rewards_are_carried_over(tmp_path):
     write_dataset(tmp_path / "set", (6,), columns={"next.reward": lambda _, length: [0.5 * t for t in range(length)]})
     run_import(tmp_path / "set", tmp_path / "out", "--source", "demo", "--chunk-size", 3)
