@@ -33,6 +33,7 @@ SURE_P_VALUE = 0.05
 WIDE_INTERVAL = 0.3
 GOOD_SUCCESS = 0.5
 RECENT_LINES = 10
+WARM_UP_LINES = 5
 
 
 class Finding(NamedTuple):
@@ -120,7 +121,7 @@ def _training_loss(record: RunRecord) -> Iterator[Finding]:
         return
     values = curve.values[np.isfinite(curve.values)]
     if len(values) < 4:
-        yield Finding("note", f"Only {len(curve.steps)} lines of metrics so far: too few to say whether it learns.")
+        yield Finding("note", f"Too few lines of metrics so far ({len(curve.steps)}) to say whether it learns.")
         return
     part = max(len(values) // 10, 2)
     first, last = float(np.median(values[:part])), float(np.median(values[-part:]))
@@ -204,9 +205,13 @@ def _data(record: RunRecord) -> Iterator[Finding]:
         mend = f"recap-ds shards verify {shlex.quote(str(record.setting('data.shards', 'SHARDS')))}"
         yield Finding("warn", f"{int(replaced.last):,} damaged samples were replaced; damaged.jsonl lists them.", mend)
     wait, step = record.curves.get("time/data_wait_seconds"), record.curves.get("time/step_p50_seconds")
-    if wait is None or step is None or not np.isfinite(wait.values).any() or not np.isfinite(step.values).any():
+    shares = np.empty(0)
+    if wait is not None and step is not None and len(wait.values) == len(step.values):
+        shares = wait.values / np.maximum(step.values, 1e-9)
+    shares = shares[np.isfinite(shares)]
+    if len(shares) < WARM_UP_LINES:  # workers start, files are read for the first time
         return
-    share = float(np.nanmedian(wait.values) / max(np.nanmedian(step.values), 1e-9))
+    share = float(np.median(shares))
     if share > MAX_DATA_WAIT:
         said = f"{share:.0%} of a step is waiting for data."
         yield Finding("warn", said, f"data.num_workers is {record.setting('data.num_workers', '?')}: more of them")

@@ -93,7 +93,7 @@ def test_without_evaluations_the_training_loss_has_to_do(tmp_path):
     none = {"held_out": lambda step: {}}
     assert "from 1.29 to 0.19; there are no two held-out" in said(write_run(tmp_path / "a", **none), "good")
     assert "it does not fall" in said(write_run(tmp_path / "b", **none, loss=lambda step: 1.0), "warn")
-    assert "too few to say" in said(write_run(tmp_path / "c", **none, num_steps=20), "note")
+    assert "Too few lines of metrics so far (2)" in said(write_run(tmp_path / "c", **none, num_steps=20), "note")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,11 @@ def test_without_evaluations_the_training_loss_has_to_do(tmp_path):
 )
 def test_what_is_wrong_is_named(tmp_path, metrics, level, words):
     assert words in said(write_run(tmp_path / "run", **metrics), level)
+
+
+def test_the_first_lines_wait_for_data_as_a_rule(tmp_path):
+    waits = {"time__data_wait_seconds": 0.9, "time__step_p50_seconds": 1.0}
+    assert "waiting" not in said(write_run(tmp_path / "run", num_steps=40, **waits))
 
 
 def test_a_loss_that_is_not_finite_at_the_end_is_bad(tmp_path):
