@@ -44,7 +44,7 @@ class RunRecord(NamedTuple):
     ds_config: dict[str, Any] | None
     contract: dict[str, Any] | None
     curves: Curves
-    begun: float | None  # when its settings were written, in seconds since the epoch
+    begun: float | None  # when its settings were written, at its last start, in seconds since the epoch
     last_written: float | None  # when the last metrics were
     failures: tuple[Failure, ...]  # by time
     num_lists: dict[str, int]  # lines of damaged.jsonl, skipped.jsonl, spikes.jsonl, by file name
@@ -80,6 +80,12 @@ class RunRecord(NamedTuple):
     def tasks(self) -> list[str]:
         tasks = (self.contract or {}).get("tasks")
         return list(tasks) if isinstance(tasks, dict) else []
+
+    @property
+    def last_sign(self) -> float | None:
+        """When it was last heard of: a start, or a line of metrics."""
+        signs = [sign for sign in (self.begun, self.last_written) if sign is not None]
+        return max(signs, default=None)
 
     @property
     def stage(self) -> str:

@@ -38,9 +38,19 @@ def state_of(record: RunRecord, now: float) -> State:
         since = "" if record.begun is None else f", {duration(max(now - record.begun, 0.0))} after it was begun"
         return State("empty", f"No metrics yet{since}: the first line comes after logging.every_steps steps.", fraction)
     age = max(now - record.last_written, 0.0)
-    if age < _quiet_seconds(record):
+    if _stopped_in_order(record):
+        return State("stopped", f"Stopped {place}, where it saved, {duration(age)} ago.", fraction)
+    if now - (record.last_sign or now) < _quiet_seconds(record):
         return State("running", f"Running, {place}; last line {duration(age)} ago{_time_left(record)}.", fraction)
     return State("stopped", f"Not running: ended {place}, {duration(age)} ago, without a summary.", fraction)
+
+
+def _stopped_in_order(record: RunRecord) -> bool:
+    """True = its last save is one that only a stop makes: at its very last step, and not when a save was due."""
+    step, started_again = record.curves.last_step, record.last_sign != record.last_written
+    every = [record.number(key) for key in ("checkpoint.save_every_steps", "evaluation.every_steps")]
+    due = any(each is None or each < 1 or step % each == 0 for each in every)
+    return step == record.checkpoints.latest and not due and not started_again
 
 
 def last_failure(record: RunRecord) -> Failure | None:
@@ -51,7 +61,7 @@ def last_failure(record: RunRecord) -> Failure | None:
     last = record.failures[-1].time
     together = [failure for failure in record.failures if failure.time > last - 120.0]
     first = next((failure for failure in together if not failure.why.startswith("lost rank")), together[0])
-    went_on = record.last_written is not None and record.last_written > last + 1.0
+    went_on = record.last_sign is not None and record.last_sign > last + 1.0
     return None if went_on else first
 
 

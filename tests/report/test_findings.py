@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 
 import pytest
 
+from recap_ds.recipe import dump_config
 from recap_ds.report.findings import headline
 from recap_ds.report.next_steps import next_steps
 from recap_ds.report.overview import judge
@@ -61,6 +62,37 @@ def test_a_run_that_went_on_after_a_failure_has_not_failed(tmp_path):
     path = write_run(tmp_path / "run", finished=False, num_steps=400, age_seconds=10.0)
     write_failure(path, time_before(500), "a disk was full")
     assert judged(path).state.kind == "running" and "An earlier start failed (rank 0: a disk was full)" in said(path)
+
+
+def test_a_run_that_was_started_again_has_not_failed_yet(tmp_path):
+    path = write_run(tmp_path / "run", finished=False, num_steps=400, age_seconds=3000.0)
+    write_failure(path, time_before(2900), "a disk was full")
+    assert judged(path).state.kind == "failed"
+    os.utime(path / "config.yaml", (NOW - 20, NOW - 20))
+    assert judged(path).state.kind == "running"
+
+
+def test_a_save_that_was_not_due_tells_a_stop_at_once(tmp_path):
+    def state(name, step):
+        path = write_run(tmp_path / name, finished=False, num_steps=step, age_seconds=20.0)
+        (path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        (path / "checkpoints" / "latest").symlink_to(f"step_{step:08d}")
+        return path, judged(path).state
+
+    path, stopped = state("stopped", 410)
+    assert stopped.text == "Stopped at step 410 of 1,000, where it saved, 20 s ago."
+    assert next_steps(*judged(path)[:2]) == ["start the same command again: it goes on from step 410"]
+    os.utime(path / "config.yaml", (NOW - 5, NOW - 5))
+    assert judged(path).state.kind == "running", "it was"
+    config = made_config(checkpoint={"save_every_steps": 200})
+    (path / "config.yaml").write_text(dump_config(config))
+    os.utime(path / "config.yaml", (NOW - 500, NOW - 500))
+    assert judged(path).state.kind == "stopped"
+    write_metrics(path, '{"step": 400, "train/loss": 1.0}\n', 20.0)
+    (path / "checkpoints" / "latest").unlink()
+    (path / "checkpoints" / "step_00000400").mkdir()
+    (path / "checkpoints" / "latest").symlink_to("step_00000400")
+    assert judged(path).state.kind == "running", "that save was due"
 
 
 def test_a_run_without_metrics_has_begun(tmp_path):

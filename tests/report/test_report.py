@@ -105,6 +105,7 @@ def test_a_run_of_missing_and_damaged_pieces_is_shown_with_what_is_wrong(tmp_pat
     for name in ("run.json", "summary.json", "contract.json", "ds_config.json", "evaluation_results.json"):
         (path / name).write_text('["no table"]')
     (path / "config.yaml").write_bytes(b"\xff\xfe")
+    os.utime(path / "config.yaml", (0, 0))
     (path / "metrics.jsonl").write_bytes(b"\x00\x01\n[]\n")
     (path / "failures" / "rank_0.txt").write_bytes(b"=== 2026-11-22 23:50:02 UTC: \xff\n")
     page = report(path, out=tmp_path / "page.html")
