@@ -8,7 +8,7 @@ import yaml
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.recipe import changed_keys
-from recap_ds.report.page import Html, folded, paragraph, table
+from recap_ds.report.page import Html, breakable, folded, paragraph, table
 from recap_ds.report.run_record import RunRecord
 from recap_ds.report.svg import escape
 from recap_ds.train.run_folder import FREE_KEYS
@@ -30,7 +30,7 @@ def differing_part(records: Sequence[RunRecord]) -> Html:
     """
     keys = {key for record in records[1:] for key in _differing_keys(record, records[0])}
     rows = [
-        (key, *(_value(record, key) for record in records), "no" if _is_free(key) else "yes")
+        (breakable(key), *(_value(record, key) for record in records), "no" if _is_free(key) else "yes")
         for key in sorted(keys, key=lambda key: (_is_free(key), key))
     ]
     for name, told in (
@@ -66,7 +66,9 @@ def settings_part(record: RunRecord, with_name: bool) -> str:
     """What the run says that is not the default; then all there is."""
     defaults = PiStarRECAPConfig().model_dump(mode="json")
     keys = [key for key in changed_keys(defaults, record.config) if key not in NOT_COMPARED]
-    rows = [(key, _value(record, key), show(_lookup(defaults, key))) for key in keys] if record.config else []
+    rows = (
+        [(breakable(key), _value(record, key), show(_lookup(defaults, key))) for key in keys] if record.config else []
+    )
     parts = [
         table("Settings that are not the defaults", ("setting", "this run", "default"), rows),
         _provenance(record),

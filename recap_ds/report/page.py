@@ -30,6 +30,11 @@ def markup(text: str) -> str:
     return text if isinstance(text, Html) else escape(text)
 
 
+def breakable(key: str) -> Html:
+    """A setting's name, which may go on in a new line after a dot or an underscore."""
+    return Html(escape(key).replace(".", ".<wbr>").replace("_", "_<wbr>"))
+
+
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> Html:
     """The first column names the row; columns of numbers stand to the right. '' where there are no rows."""
     if not rows:

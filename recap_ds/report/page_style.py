@@ -83,7 +83,7 @@ table{border-collapse:collapse;font-size:0.88rem;min-width:min(100%,420px)}
 caption{text-align:left;font-weight:600;padding:4px 0}
 th,td{text-align:left;padding:4px 12px 4px 0;border-bottom:1px solid var(--edge);vertical-align:top}
 th{font-weight:600;color:var(--soft)}
-tbody th{color:var(--ink);font-weight:500;min-width:min(15em,46vw);overflow-wrap:anywhere}
+tbody th{color:var(--ink);font-weight:500;min-width:min(15em,34vw);overflow-wrap:anywhere}
 thead th{vertical-align:bottom}
 td.figure,th.figure{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.text{min-width:7em;max-width:34em;overflow-wrap:anywhere}
