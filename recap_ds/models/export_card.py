@@ -52,6 +52,7 @@ def _usage(record: ExportRecord) -> Iterator[str]:
         lines += [
             "from recap_ds.models.robot import RobotPolicy",
             'policy = RobotPolicy.from_pretrained("path/to/this/folder", device="cuda")',
+            "# or behind a websocket: recap-ds serve path/to/this/folder",
         ]
     elif record.heads:
         lines += [

@@ -61,7 +61,7 @@ class Batcher:
             batch = [await self._waiting.get()]
             while len(batch) < self._max_batch and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
-            # Whoever has left, or was told to, needs no answer.
+            # Whoever has left needs no answer.
             await self._answer([each for each in batch if not each.answer.done()])
 
     async def _answer(self, batch: list[_Waiting]) -> None:

@@ -12,7 +12,7 @@ from recap_ds.serve.codec import pack, unpack
 
 
 class PolicyClient:
-    """``with PolicyClient("127.0.0.1", 8000) as policy: policy.infer({...})["actions"]``."""
+    """``with PolicyClient("127.0.0.1", 8000) as policy: policy.infer({...})["actions"]``; of one thread."""
 
     def __init__(self, host: str, port: int, api_key: str | None = None, timeout_seconds: float = 60.0):
         self._timeout_seconds = timeout_seconds

@@ -39,8 +39,8 @@ def serve_export(export: Path, settings: ServerSettings, device: str | None, say
         def on_signal(number: int) -> None:
             if stop.is_set():
                 leave(128 + number)
-            say("stopping: requests that were made are answered first")
             stop.set()
+            say("stopping: requests that were made are answered first")
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal, number)
