@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from recap_ds.data.lerobot.tables import one_line
 from recap_ds.errors import UsageError
@@ -43,15 +42,27 @@ def _lerobot_home() -> Path:
 
 
 def _snapshot(hub_id: str, revision: str | None) -> Path:
-    try:
-        # Goes on with what is cached where the hub cannot be reached.
+    def fetch(local_files_only: bool) -> Path:
         path = huggingface_hub.snapshot_download(
-            hub_id, repo_type="dataset", revision=revision, allow_patterns=FETCHED, max_workers=4
+            hub_id,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=FETCHED,
+            local_files_only=local_files_only,
         )
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        at = f"@{revision}" if revision else ""
-        raise UsageError(
-            f"{hub_id}{at}: no such folder, not in the cache, and the hub does not give it ({one_line(error)}); "
-            f"fetch it with 'hf download --repo-type dataset {hub_id}' where there is a network, or give a folder"
-        ) from error
-    return Path(path)
+        return Path(path)
+
+    # Exception, because errors below the hub's own come from a transport library that differs between its releases.
+    try:
+        return fetch(local_files_only=False)
+    except Exception as error:
+        try:
+            # The hub's client does so itself, but not behind a broken proxy or where a connection ends half-way.
+            return fetch(local_files_only=True)
+        except Exception:
+            at = f"@{revision}" if revision else ""
+            raise UsageError(
+                f"{hub_id}{at}: no such folder, not whole in the cache, and the hub does not give it "
+                f"({one_line(error)}); fetch it with 'hf download --repo-type dataset {hub_id}' where there is a "
+                f"network, or give a folder"
+            ) from error

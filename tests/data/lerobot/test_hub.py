@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -39,6 +40,21 @@ def test_the_hub_cache_is_used_without_a_network(cache):
     tagged = cached_snapshot(cache, "v2.1", "d" * 40)
     assert find_dataset(HUB_ID) == (snapshot, "cubes")
     assert find_dataset(f"{HUB_ID}@v2.1") == (tagged, "cubes")
+
+
+def test_the_cache_is_used_behind_a_broken_proxy(cache, monkeypatch):
+    snapshot = cached_snapshot(cache)
+    download = huggingface_hub.snapshot_download
+
+    def through_the_proxy(*args, local_files_only, **more):
+        if not local_files_only:
+            raise RuntimeError("proxy says no")  # a transport library's own, which the client passes on
+        return download(*args, local_files_only=True, **more)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", through_the_proxy)
+    assert find_dataset(HUB_ID) == (snapshot, "cubes")
+    with pytest.raises(UsageError, match=r"other/set: no such folder.*the hub does not give it \(proxy says no\)"):
+        find_dataset("other/set")
 
 
 def test_what_lerobot_recorded_here_comes_first(cache):
