@@ -217,7 +217,7 @@ class DataConfig(Section):
     shards: str | None = None
     # Remote shards are kept whole on every node, in this folder (None: ~/.cache/recap_ds), the last used ones that fit.
     cache_folder: str | None = None
-    max_cache_gib: float = Field(100.0, gt=0)
+    max_cache_gib: float = Field(100.0, gt=0, le=1e9)
     # A shard that cannot be fetched is tried again for so long, then the run ends. Less than
     # training.hang_timeout_seconds.
     fetch_patience_seconds: float = Field(600.0, ge=0)

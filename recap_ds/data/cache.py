@@ -48,7 +48,7 @@ class ShardCache:
 
     def prepare(self) -> None:
         """Make the folders; UsageError where that cannot be, or where the file system keeps no locks."""
-        with self._usable():
+        with self.usable():
             self.shards.mkdir(parents=True, exist_ok=True)
             with held(self.shards / ".lock"):
                 pass
@@ -61,7 +61,7 @@ class ShardCache:
 
         Raises FileLost and RunFailed.
         """
-        with self._usable():
+        with self.usable():
             while True:
                 try:
                     return self._open_kept(entry)
@@ -153,7 +153,8 @@ class ShardCache:
         return kept
 
     @contextmanager
-    def _usable(self) -> Iterator[None]:
+    def usable(self) -> Iterator[None]:
+        """What the disk refuses in here is told in one line."""
         try:
             yield
         except OSError as error:

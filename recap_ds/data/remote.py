@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from typing import IO, Protocol
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
@@ -36,7 +36,10 @@ NAMES = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*"
 GONE_CODES, REFUSING_CODES = (404, 410), (400, 401, 402, 403, 405, 407, 451)
 # The same in what aws, gcloud, gsutil, curl and cat print.
 GONE_WORDS = ("(404)", "NoSuchKey", "matched no objects", "No URLs matched", "error: 404", "No such file or directory")
-REFUSING_WORDS = ("(403)", "AccessDenied", "InvalidAccessKeyId", "NoSuchBucket", "ExpiredToken", "locate credentials")
+REFUSING_WORDS = (
+    *("(403)", "HTTPError 403", "AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "ExpiredToken"),
+    *("locate credentials", "active account", "auth login"),
+)
 
 
 class TransferFailed(Exception):
@@ -128,6 +131,8 @@ class HttpOrigin:
             error.close()
             kind = NotThere if error.code in GONE_CODES else Refused if error.code in REFUSING_CODES else TransferFailed
             raise kind(said) from None
+        except URLError as error:
+            raise TransferFailed(str(error.reason)) from None
         except (OSError, HTTPException, ValueError) as error:
             raise TransferFailed(str(error) or type(error).__name__) from None
 
@@ -200,7 +205,9 @@ def _failure(tool: str, code: int, said: IO[bytes]) -> TransferFailed:
     said.seek(max(0, said.seek(0, os.SEEK_END) - 4096))
     text = said.read().decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    what = f"{tool}: {lines[-1]}" if lines else f"{tool} ended with exit code {code}"
+    # Some go on to explain themselves.
+    telling = [line for line in lines if "error" in line.lower() or "exception" in line.lower()] or lines[-1:]
+    what = f"{tool}: {telling[0]}" if telling else f"{tool} ended with exit code {code}"
     for kind, words in ((NotThere, GONE_WORDS), (Refused, REFUSING_WORDS)):
         if any(word in text for word in words):
             return kind(what)

@@ -7,6 +7,7 @@ The tars come one by one, as they are read, through ``cache.py``.
 """
 
 import io
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from recap_ds.errors import UsageError
 from recap_ds.files.atomic import write_file
 from recap_ds.files.records import FileRecord, record_file
 
+CHECKSUM = re.compile(r"[0-9a-f]{64}")
 MAX_MANIFEST_BYTES = 2**28  # a million shards
 MAX_INDEX_BYTES = 2**30
 NUM_FETCHERS = 16  # small files: the way there takes the time
@@ -55,6 +57,10 @@ class RemoteSet:
         except FileLost as lost:
             raise UsageError(f"data.shards: {origin.place}: {lost}; give the address of a shard folder") from None
         manifest = Manifest.parse(data, origin.place)
+        for entry in manifest.shards:
+            # They become names and sizes of files here.
+            if not CHECKSUM.fullmatch(entry.sha256) or entry.bytes <= 0:
+                raise UsageError(f"{origin.place}/{MANIFEST_NAME}: {entry.name} has an impossible sha256 or size")
         largest = max((entry.bytes for entry in manifest.shards), default=0)
         if largest > cache.max_bytes:
             raise UsageError(
@@ -62,15 +68,16 @@ class RemoteSet:
                 f"({largest / 2**30:.3g} GiB); a run reads several at a time"
             )
         folder = cache.folder / "sets" / manifest.content_hash()[:32]
-        folder.mkdir(parents=True, exist_ok=True)
-        with held(folder / ".lock"):
-            if not (folder / MANIFEST_NAME).exists():
-                manifest.save(folder)
+        with cache.usable():
+            folder.mkdir(parents=True, exist_ok=True)
+            with held(folder / ".lock"):
+                if not (folder / MANIFEST_NAME).exists():
+                    manifest.save(folder)
         return cls(origin, cache, folder, manifest)
 
     def fetch_indices(self) -> dict[str, str]:
         """Those that are not here yet. Returns shard -> what is wrong with its index, where it is lost or damaged."""
-        with held(self.folder / ".lock"), ThreadPoolExecutor(NUM_FETCHERS) as pool:
+        with self.cache.usable(), held(self.folder / ".lock"), ThreadPoolExecutor(NUM_FETCHERS) as pool:
             missing = [
                 entry for entry in self.manifest.shards if not ShardIndex.path_of(self.folder / entry.name).exists()
             ]
@@ -83,13 +90,13 @@ class RemoteSet:
 
     def fetch_sidecar(self, name: str, max_bytes: int) -> None:
         """Make a file beside the manifest, by its relative name, what it is there now; none where there is none."""
-        with held(self.folder / ".lock"):
+        with self.cache.usable(), held(self.folder / ".lock"):
             self._fetch_sidecar(name, max_bytes)
 
     def fetch_sidecars(self, folder: str, files: Mapping[str, FileRecord]) -> None:
         """Files of a relative folder that are not here as recorded. Whoever reads them checks them."""
         here = self.folder / folder
-        with held(self.folder / ".lock"), ThreadPoolExecutor(NUM_FETCHERS) as pool:
+        with self.cache.usable(), held(self.folder / ".lock"), ThreadPoolExecutor(NUM_FETCHERS) as pool:
             wanted = [name for name in files if not (here / name).exists() or record_file(here / name) != files[name]]
             list(pool.map(lambda name: self._fetch_sidecar(f"{folder}/{name}", files[name].bytes), wanted))
 

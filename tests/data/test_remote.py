@@ -114,6 +114,11 @@ def test_commands_give_the_file_or_say_why_not(folder):
     for command, kind, said in (
         ("echo {name}; exit 3", TransferFailed, "ended with exit code 3"),
         ("echo An error occurred '(403)' when >&2; false {name}", Refused, "(403)"),
+        (
+            "printf 'ERROR: no active account\\nplease run\\n$ x\\n' >&2; false {name}",
+            Refused,
+            "sh: ERROR: no active account",
+        ),
         ("printf 'one\\nconnection lost\\n\\n' >&2; false {name}", TransferFailed, "/bin/sh: connection lost"),
     ):
         with pytest.raises(TransferFailed) as caught:

@@ -11,7 +11,7 @@ from recap_ds.data.baseline import mean_actions
 from recap_ds.data.cache import ShardCache
 from recap_ds.data.index import ShardIndex
 from recap_ds.data.labels import labels_folder, read_labels
-from recap_ds.data.manifest import MANIFEST_NAME
+from recap_ds.data.manifest import MANIFEST_NAME, Manifest
 from recap_ds.data.shard_set import DamagedSample, ShardSet
 from recap_ds.data.verify import verify_shards
 from recap_ds.errors import RunFailed, UsageError
@@ -186,6 +186,18 @@ def test_what_cannot_be_opened_is_one_line(store, tmp_path, monkeypatch):
         assert "\n" not in str(caught.value) and store.url in str(caught.value)
 
 
+@pytest.mark.parametrize("changes", [{"sha256": "../../outside"}, {"sha256": ""}, {"bytes": -1}, {"bytes": 0}])
+def test_a_manifest_that_names_no_file_of_the_cache_is_refused(store, tmp_path, changes):
+    manifest = Manifest.load(store.folder)
+    first = manifest.shards[0].model_copy(update=changes)
+    manifest.model_copy(update={"shards": (first, *manifest.shards[1:])}).save(store.folder)
+    with pytest.raises(
+        UsageError, match=r"sets/mine/manifest\.json: auto-000000\.tar has an impossible sha256 or size"
+    ):
+        open_set(store, tmp_path)
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [".lock"]
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 def test_an_index_that_is_lost_or_damaged_is_one_line(store, tmp_path, damage):
     path = ShardIndex.path_of(store.folder / "demo-000002.tar")
@@ -196,6 +208,13 @@ def test_an_index_that_is_lost_or_damaged_is_one_line(store, tmp_path, damage):
     with pytest.raises(UsageError, match=r"demo-000002\.index\.npz: .*run 'recap-ds shards index' on a copy") as caught:
         open_set(store, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_used_is_one_line(store, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "sets").write_text("")
+    with pytest.raises(UsageError, match=r"data\.cache_folder: .*cache cannot be used \(Not a directory\)"):
+        open_set(store, tmp_path)
 
 
 def test_a_cache_that_is_too_small_is_one_line(store, tmp_path):
