@@ -216,6 +216,7 @@ class DataConfig(Section):
     # embedded quickstart, which makes its own.
     shards: str | None = None
     # Remote shards are kept whole on every node, in this folder (None: ~/.cache/recap_ds), the last used ones that fit.
+    # Room for fewer than shuffle_shards of each source would have them fetched again for every few samples.
     cache_folder: str | None = None
     max_cache_gib: float = Field(100.0, gt=0, le=1e9)
     # A shard that cannot be fetched is tried again for so long, then the run ends. Less than
