@@ -115,16 +115,20 @@ def _write(path: Path, layouts: Mapping[str, Layout], fill: Fill) -> None:
         places[name] = end
         end += _aligned(math.prod(layout.shape) * np.dtype(layout.dtype).itemsize)
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "w+b") as file:
-        file.write(_header(layouts, places))
-        # Not a sparse file: a full disk must be found out here, a mapping would die of it.
-        os.posix_fallocate(file.fileno(), 0, end)
-        file.flush()
-        with mmap.mmap(file.fileno(), end) as mapped:
-            _fill_mapped(mapped, layouts, places, fill)
-            mapped.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w+b") as file:
+            file.write(_header(layouts, places))
+            # Not a sparse file: a full disk must be found out here, a mapping would die of it.
+            os.posix_fallocate(file.fileno(), 0, end)
+            file.flush()
+            with mmap.mmap(file.fileno(), end) as mapped:
+                _fill_mapped(mapped, layouts, places, fill)
+                mapped.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _header(layouts: Mapping[str, Layout], places: Mapping[str, int]) -> bytes:
@@ -136,7 +140,7 @@ def _aligned(num_bytes: int) -> int:
 
 
 def _fill_mapped(mapped: mmap.mmap, layouts: Mapping[str, Layout], places: Mapping[str, int], fill: Fill) -> None:
-    """In a function of its own: the arrays must be gone before the mapping can close."""
+    """In a function of its own: the arrays must be gone before the mapping is closed."""
     fill(
         {
             name: np.ndarray(layout.shape, layout.dtype, buffer=mapped, offset=places[name])

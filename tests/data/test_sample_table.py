@@ -94,6 +94,7 @@ def test_a_table_that_could_not_be_filled_is_not_there(tmp_path, node, mapped):
     with pytest.raises(UsageError, match="task 'cup' is not in the manifest"):
         ShardSet.open(tmp_path / "shards")
     assert len(files(node)) == 1, "that of the other set"
+    assert not list(node.rglob("*.tmp"))
 
 
 def test_what_cannot_be_used_is_one_line(node):
@@ -103,7 +104,7 @@ def test_what_cannot_be_used_is_one_line(node):
     with pytest.raises(UsageError, match=r"large\.arrays: cannot be written \(.*\); set TMPDIR"):
         shared_arrays("large", plan)
     (folder,) = node.iterdir()
-    assert not list(folder.glob("*.arrays"))
+    assert not list(folder.glob("*.arrays")) and not list(folder.glob("*.tmp"))
     (folder / "broken.arrays").write_bytes(b"{")
     with pytest.raises(UsageError, match=r"broken\.arrays: damaged .*remove it"):
         shared_arrays("broken", plan)
