@@ -53,18 +53,18 @@ class ObservationEncoder:
         if missing := sorted(wanted - observation.keys()):
             raise UsageError(f"observation: '{missing[0]}' is missing; the policy was trained with {sorted(wanted)}")
         if not isinstance(observation["prompt"], str):
-            raise UsageError(f"prompt: expected text, got {observation['prompt']!r}")
+            raise UsageError(f"prompt: expected text, got {type(observation['prompt']).__name__}")
 
     def _state(self, observation: Mapping[str, Any]) -> np.ndarray:
         """[S], normalised."""
         expected = self._contract.state_dim
-        try:
-            state = np.asarray(observation["observation/state"], np.float32)
-        except (TypeError, ValueError):
-            raise UsageError(f"observation/state: expected {expected} numbers") from None
-        if state.shape != (expected,) or not np.isfinite(state).all():
-            raise UsageError(f"observation/state: expected {expected} finite numbers, got shape {state.shape}")
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            try:
+                state = np.asarray(observation["observation/state"], np.float32)
+            except (TypeError, ValueError):
+                raise UsageError(f"observation/state: expected {expected} numbers") from None
+            if state.shape != (expected,) or not np.isfinite(state).all():
+                raise UsageError(f"observation/state: expected {expected} finite numbers, got shape {state.shape}")
             normalized = self._normalizer.state.normalize(state)
         if not np.isfinite(normalized).all():
             raise UsageError(f"observation/state: up to {np.abs(state).max():.3g}, which is beyond any unit it was in")

@@ -80,11 +80,11 @@ class RobotPolicy:
     ) -> ChunkRequest:
         """Check and encode what ``predict_chunks`` is asked. UsageError where it does not fit the contract."""
         if advantage not in get_args(AdvantageLevel) and advantage is not None:
-            raise UsageError(f"advantage: {advantage!r} is not 'positive', 'negative' or None")
+            raise UsageError(f"advantage: {str(advantage)[:60]!r} is not 'positive', 'negative' or None")
         if not isinstance(guidance_beta, Real) or not math.isfinite(guidance_beta):
-            raise UsageError(f"guidance_beta: {guidance_beta!r} is not a finite number")
+            raise UsageError(f"guidance_beta: {str(guidance_beta)[:60]} is not a finite number")
         if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**63):
-            raise UsageError(f"seed: {seed!r} is not a whole number from 0 to 2**63 - 1")
+            raise UsageError(f"seed: {str(seed)[:60]} is not a whole number from 0 to 2**63 - 1")
         return ChunkRequest(self._encoder.encode([observation]), advantage, float(guidance_beta), seed)
 
     def predict_chunks(self, requests: Sequence[ChunkRequest]) -> list[np.ndarray]:

@@ -139,7 +139,7 @@ def test_single_actions_walk_through_a_chunk(client, robot):
         ({"observation/state": np.zeros(4, np.float32)}, "observation/state: expected 3 finite numbers"),
         ({"observation/state": np.full(3, np.nan, np.float32)}, "observation/state: expected 3 finite numbers"),
         ({"observation/state": np.full(3, 1e38, np.float32)}, "no action comes of it"),
-        ({"prompt": 5}, "prompt: expected text"),
+        ({"prompt": np.zeros((50, 50), np.uint8)}, "prompt: expected text, got ndarray$"),
         ({"prompt": "word " * 50}, "model.max_prompt_tokens: 40 is too few"),
         ({"advantage": "great"}, "advantage: 'great' is not 'positive', 'negative' or None"),
         ({"guidance_beta": float("inf")}, "guidance_beta: inf is not a finite number"),
