@@ -29,6 +29,7 @@ MAX_SAMPLES_IN_MEMORY = 2**18
 ALIGNMENT = 4096
 KEPT_SECONDS = 7 * 24 * 3600.0
 SUFFIX = ".arrays"
+LOCK_NAME = "lock"
 
 
 class Layout(NamedTuple):
@@ -79,8 +80,8 @@ def shared_arrays(name: str, plan: Callable[[], tuple[Mapping[str, Layout], Fill
     folder = node_folder()
     path = folder / f"{name}{SUFFIX}"
     try:
-        with open(folder / f"{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for whoever makes it
+        with open(folder / LOCK_NAME, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for whoever makes one
             if not path.exists():
                 _remove_unused(folder)
                 layouts, fill = plan()

@@ -70,6 +70,7 @@ def test_global_batches_do_not_depend_on_world_size_or_accumulation(shards):
         assert_equal(whole, in_order)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # three, also on two cores
 def test_workers_change_nothing_but_the_waiting(shards, monkeypatch, tmp_path):
     config = tiny_config()
     alone = load(dataset_of(shards, config), config)

@@ -61,6 +61,7 @@ def test_the_file_is_made_once_and_again_where_an_index_was_written_again(tmp_pa
     inode = path.stat().st_ino
     assert_same(ShardSet.open(tmp_path / "shards"), shards)
     assert path.stat().st_ino == inode
+    assert sorted(each.name for each in path.parent.iterdir()) == ["lock", first]
     index = ShardIndex.path_of(tmp_path / "shards" / "demo-000000.tar")
     ShardIndex.load(index).save(index)
     assert_same(ShardSet.open(tmp_path / "shards"), shards)
