@@ -81,12 +81,16 @@ def _export(args: argparse.Namespace) -> int:
     from recap_ds.weights.lerobot import export_lerobot
 
     try:
-        files = export_lerobot(args.export, args.out, args.advantage)
+        exported = export_lerobot(args.export, args.out, args.advantage)
     except OSError as error:
         raise RunFailed(f"{error.filename or f'OUT {args.out}'}: {error.strerror or error}") from error
-    for name, num_bytes in files.items():
+    for name, num_bytes in exported.files.items():
         print(f"{num_bytes:>16,}  {name}")
-    print(f"wrote {sum(files.values()):,} bytes to {args.out}")
+    print(f"wrote {sum(exported.files.values()):,} bytes to {args.out}")
+    if not exported.fits_lerobot:
+        print(
+            "LeRobot builds the sizes of gemma_2b and gemma_300m alone; this policy has others: it will not load there"
+        )
     return 0
 
 

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,10 +56,20 @@ from recap_ds.weights.names import (
 
 AdvantageName = Literal["positive", "negative", "none"]
 WEIGHTS_NAME = "model.safetensors"
+# Words of PaliGemma, of which LeRobot keeps a row each; transformers' files end with 64 rows that no word has.
+NUM_WORDS, NUM_ROWS = 257_152, 257_216
+# The only sizes that LeRobot builds: last layer, width and MLP of both towers (gemma_2b, gemma_300m).
+LAST_LAYER = "layers.17.mlp.gate_proj.weight"
+BUILT_SIZES = {f"language_model.{LAST_LAYER}": (16384, 2048), LAST_LAYER: (4096, 1024)}
 
 
-def export_lerobot(export: Path, out: Path, advantage: AdvantageName = "positive") -> dict[str, int]:
-    """Write ``out`` whole or not at all; bytes by file name. ``advantage``: what the policy is told for good."""
+class Exported(NamedTuple):
+    files: dict[str, int]  # bytes by name
+    fits_lerobot: bool  # False = of other sizes than LeRobot builds
+
+
+def export_lerobot(export: Path, out: Path, advantage: AdvantageName = "positive") -> Exported:
+    """Write ``out`` whole or not at all. ``advantage``: what the policy is told for good."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"OUT {out}: is there already; name a new folder")
     record = ExportRecord.load(export)
@@ -70,7 +80,8 @@ def export_lerobot(export: Path, out: Path, advantage: AdvantageName = "positive
     contract = RobotContract.load(export) if CONTRACT_NAME in record.files else None
     origin = read_json(export / PUBLISHED_NAME) if PUBLISHED_NAME in record.files else None
     unread = _file_sources(export / UNREAD_NAME) if UNREAD_NAME in record.files else {}
-    tensors = _published(_vlm(export, record, config), _expert(export, config, advantage), unread)
+    vlm, expert = _vlm(export, record, config), _expert(export, config, advantage)
+    tensors = _published(vlm, expert, unread)
     unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -87,7 +98,9 @@ def export_lerobot(export: Path, out: Path, advantage: AdvantageName = "positive
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)  # what went wrong before is the error to report
         raise
-    return {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    shapes = {name: source.shape for name, source in {**vlm, **expert}.items()}
+    fits = all(shapes.get(name) == shape for name, shape in BUILT_SIZES.items())
+    return Exported({path.name: path.stat().st_size for path in sorted(out.iterdir())}, fits)
 
 
 def _check_kind(export: Path, record: ExportRecord, config: PiStarRECAPConfig) -> None:
@@ -101,11 +114,25 @@ def _check_kind(export: Path, record: ExportRecord, config: PiStarRECAPConfig) -
 
 def _vlm(export: Path, record: ExportRecord, config: PiStarRECAPConfig) -> dict[str, TensorSource]:
     base = folder_sources(export / VLM_NAME, model_name)
+    if base[EMBEDDING].shape[0] == NUM_ROWS:
+        base[EMBEDDING] = _first_rows(base[EMBEDDING], NUM_WORDS)
     if record.adapter != "separate":
         return base
     reader = TensorFileReader(export / ADAPTER_NAME / ADAPTER_WEIGHTS_NAME)
     inside = {_adapter_name(name): reader.source(name) for name in reader.tensors}
     return merged(base, inside, config.lora)
+
+
+def _first_rows(source: TensorSource, num_rows: int) -> TensorSource:
+    shape = (num_rows, *source.shape[1:])
+
+    def pieces() -> Iterator[Tensor]:
+        rest = torch.Size(shape).numel()
+        for piece in source.pieces():
+            yield piece[:rest]
+            rest -= min(rest, piece.numel())
+
+    return source._replace(shape=shape, pieces=pieces)
 
 
 def _adapter_name(stored: str) -> str:

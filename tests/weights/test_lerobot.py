@@ -123,6 +123,20 @@ def test_processors_have_the_robots_units(trained, tmp_path):
     assert load_file(tmp_path / "out" / after["steps"][0]["state_file"]).keys() == statistics.keys()
 
 
+def test_rows_of_the_embedding_that_no_word_has_are_left_out(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("recap_ds.weights.lerobot.NUM_ROWS", 60)
+    monkeypatch.setattr("recap_ds.weights.lerobot.NUM_WORDS", 57)
+    monkeypatch.setattr("recap_ds.files.tensors.PIECE_ELEMENTS", 7)
+    assert main(["weights", "export", str(trained[1]), str(tmp_path / "out"), "--format", "lerobot"]) == 0
+    assert "this policy has others: it will not load there" in capsys.readouterr().out
+    written, whole = load_file(tmp_path / "out/model.safetensors"), load_file(trained[1] / "vlm/model.safetensors")
+    towers = "model.paligemma_with_expert."
+    rows = written[f"{towers}paligemma.model.language_model.embed_tokens.weight"]
+    assert torch.equal(rows, whole["language_model.model.embed_tokens.weight"][:57])
+    assert torch.equal(rows, written[f"{towers}paligemma.lm_head.weight"])
+    assert written[f"{towers}gemma_expert.lm_head.weight"].shape == (57, 12)
+
+
 def test_what_lerobot_has_no_policy_for_is_refused(trained, tmp_path, capsys):
     def refused(export, out=tmp_path / "out"):
         assert main(["weights", "export", str(export), str(out), "--format", "lerobot"]) == 2
