@@ -61,7 +61,7 @@ class ShardSet:
         data = data or DataConfig()
         remote = RemoteSet.open(place, ShardCache.of(data)) if is_remote(str(place)) else None
         folder = Path(place) if remote is None else remote.folder
-        manifest = Manifest.load(folder)
+        manifest = Manifest.load(folder) if remote is None else remote.manifest
         if not manifest.num_samples:
             raise UsageError(
                 f"{place}: the manifest lists no sample; make shards with 'recap-ds shards make' or 'import'"

@@ -45,7 +45,7 @@ def verify_shards(place: str | Path, jobs: int = 1, cache: ShardCache | None = N
     """
     remote = RemoteSet.find(str(place), cache or ShardCache.of(DataConfig())) if is_remote(str(place)) else None
     folder = Path(place) if remote is None else remote.folder
-    manifest = Manifest.load(folder)
+    manifest = Manifest.load(folder) if remote is None else remote.manifest
     if remote is not None:
         remote.fetch_indices()  # those that are lost are found missing
     check = partial(_verify_shard, folder, manifest, remote)

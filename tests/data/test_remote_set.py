@@ -76,6 +76,16 @@ def test_the_order_does_not_depend_on_the_network(store, made, tmp_path):
     assert sum(path.stat().st_size for path in remote.remote.cache.shards.iterdir()) <= smallest * 2**30
 
 
+def test_a_copy_elsewhere_is_the_same_set(store, made, tmp_path):
+    first = open_set(store, tmp_path)
+    first.read_members(0)
+    second = ShardSet.open(f"pipe:cat {made}/{{name}}", DataConfig(**settings(tmp_path)))
+    assert second.folder == first.folder
+    assert second.manifest.content_hash() == ShardSet.open(made).manifest.content_hash()
+    assert second.read_members(0) == first.read_members(0)
+    assert len(list(first.remote.cache.shards.glob("*.tar"))) == 1
+
+
 def test_a_changed_set_is_read_anew(store, tmp_path):
     before = open_set(store, tmp_path)
     shutil.rmtree(store.folder)
