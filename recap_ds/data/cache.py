@@ -100,6 +100,8 @@ class ShardCache:
             what = f"{more}{min(record.bytes, entry.bytes)} of {entry.bytes} bytes came"
             return what if record.bytes != entry.bytes else "its sha256 is not the one in the manifest"
 
+        # Somebody may clear caches while a run goes on.
+        self.shards.mkdir(parents=True, exist_ok=True)
         with held(path.with_suffix(".lock")):
             if path.exists():  # another process fetched it while this one waited
                 return

@@ -3,6 +3,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,8 @@ def test_a_copy_that_went_bad_on_the_disk_is_fetched_again(tmp_path, store):
     with open(path, "r+b") as file:
         file.write(b"damage")
     assert cache.drop_if_changed(entry) and not path.exists() and cache.drop_if_changed(entry)
+    assert len(read(cache, store, entry)) == SIZE and kept(cache) == {entry.sha256}
+    shutil.rmtree(cache.folder)
     assert len(read(cache, store, entry)) == SIZE and kept(cache) == {entry.sha256}
 
 
