@@ -7,12 +7,8 @@ simplejpeg and PIL both hold libjpeg-turbo and give the same ones to the bit; si
 import io
 
 import numpy as np
+import simplejpeg
 from PIL import Image
-
-try:
-    import simplejpeg
-except ModuleNotFoundError:  # an environment made without what setup.py requires: slower, and the doctor says so
-    simplejpeg = None
 
 # Stored pictures are far smaller; a damaged or hostile header may ask for gigabytes.
 MAX_PICTURE_PIXELS = 2**26
@@ -42,25 +38,10 @@ def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
 def decode_jpeg(data: bytes) -> np.ndarray:
     """ValueError for anything that is not a whole JPEG."""
     try:
-        return _decode_by_pil(data) if simplejpeg is None else _decode_by_simplejpeg(data)
-    # PIL tells damage in all of these ways, simplejpeg by ValueError.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        if width * height > MAX_PICTURE_PIXELS:
+            raise ValueError(f"{width}x{height} pixels are too many")
+        # Its own defaults, written out because the pixels depend on them: exact DCT, smooth upsampling of colour.
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+    except ValueError as error:
         raise ValueError(f"not a whole JPEG ({error})") from None
-
-
-def _decode_by_simplejpeg(data: bytes) -> np.ndarray:
-    height, width, *_ = simplejpeg.decode_jpeg_header(data)
-    _check_size(width, height)
-    # Its own defaults, written out because the pixels depend on them: exact DCT, smooth upsampling of colour.
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
-
-
-def _decode_by_pil(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        _check_size(*image.size)
-        return np.asarray(image.convert("RGB"))
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PICTURE_PIXELS:
-        raise ValueError(f"{width}x{height} pixels are too many")
