@@ -120,6 +120,15 @@ def test_values_are_the_critics_own(root, critic):
     assert first == 40
 
 
+def test_labels_of_remote_shards_are_made_on_a_copy(tmp_path):
+    for make in (
+        lambda: rethreshold("https://host/mine", "alone", "again", []),
+        lambda: open_label_job(tmp_path, "s3://bucket/mine", "alone", []),
+    ):
+        with pytest.raises(UsageError, match=r"(https|s3)://.*: labels are written beside the shards.*a local copy"):
+            make()
+
+
 def test_rethreshold_needs_no_critic_and_equals_a_job_of_those_settings(root, alone):
     settings = ["recap.positive_fraction=0.2", "recap.demos=labelled", "label.lookahead=0.5s"]
     run(root, "distributional", "asked", *settings)
