@@ -35,7 +35,7 @@ from recap_ds.weights.architecture import PiArchitecture
 from recap_ds.weights.names import EMBEDDING, UNPUBLISHED
 from recap_ds.weights.source import Published, open_published, pi_architecture
 
-# What may be a weight: whatever else a file holds is converted without loss to none of what training computes in.
+# What a weight may be stored as: each is one of what an export holds, or becomes float32 without loss.
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PALIGEMMA = "google/paligemma-3b-pt-224"  # whose tokenizer pi0 and pi0.5 read by
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from recap_ds.errors import UsageError
 from recap_ds.files.tensor_reader import StoredTensor, TensorFileReader
 from recap_ds.files.tensors import TensorSource
+from recap_ds.models.export_format import EXPORT_NAME
 from recap_ds.models.vlm_weights import model_name, weight_files
 from recap_ds.weights.architecture import PiArchitecture, check_architecture, read_json, sizes_of
 from recap_ds.weights.names import EMBEDDING, LEROBOT, TOWERS, PiNames, pi_names
@@ -37,6 +38,8 @@ class Published(NamedTuple):
 def open_published(path: str) -> Published:
     """UsageError for what is none of these."""
     folder, files = _locate(path)
+    if (folder / EXPORT_NAME).is_file():
+        raise UsageError(f"PATH {folder}: is an export already; training.start_from takes it as it is")
     readers = [TensorFileReader(file) for file in files]
     tensors: dict[str, StoredTensor] = {}
     sources: dict[str, TensorSource] = {}

@@ -1,5 +1,7 @@
 """Prompts in both forms, by hand; and that training and a robot's loop write the same one."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,11 @@ def test_a_prompt_that_might_not_fit_is_said_at_start():
 def test_a_tokenizer_of_a_folder(tokenizer_folder):  # noqa: F811
     tokenizer = build_tokenizer(str(tokenizer_folder))
     assert tokenizer.encode_text("pick the cube") == [2, 3, 4, 5]  # no newline behind it
+    # Workers of the loader are sent a copy, which is made so.
+    encoder = PromptEncoder(config_of(), tokenizer, state_dim=1)
+    sent = pickle.loads(pickle.dumps(encoder))
+    expected, states = encoder.encode(["pick"], np.zeros((1, 1))), np.zeros((1, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(sent.encode(["pick"], states), expected, strict=True))
 
 
 @pytest.fixture

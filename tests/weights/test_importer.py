@@ -195,6 +195,8 @@ def test_one_file_will_do(tmp_path, tensors):
     shutil.move(tmp_path / "source/model.safetensors", tmp_path / "source/any.safetensors")
     imported = import_weights(str(tmp_path / "source/any.safetensors"), tmp_path / "export", TINY)
     assert imported.record == ExportRecord.load(tmp_path / "export")
+    with pytest.raises(UsageError, match=r"is an export already; training.start_from takes it"):
+        import_weights(str(tmp_path / "export"), tmp_path / "again", TINY)
 
 
 def test_plain_paligemma(tmp_path):
