@@ -233,6 +233,8 @@ class DataConfig(Section):
     mixture: Weights | None = None
     # Optimizer step -> the weights from there on.
     mixture_schedule: dict[Annotated[int, Field(ge=1)], Weights] = Field(default_factory=dict)
+    # Which autonomous episodes are learned from. successful: filtered imitation, beside demonstrations and corrections.
+    auto_episodes: Literal["all", "successful"] = "all"
     # Epochs of a source or data set at most; its share then goes to the others. At least one has to go without.
     max_epochs: dict[PartName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     # Above 1, the global batch and the shards of every source are divided into so many lanes, and a node whose ranks

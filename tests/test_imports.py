@@ -40,6 +40,7 @@ ALLOWED = {
     "label": BASE | {"algo", "processing", "models", "data", "distributed", "checkpoint", "evaluate"},
     "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "plan"},
     "iterate": BASE | {"models", "data", "checkpoint", "label", "train"},
+    "study": BASE | {"data", "evaluate", "train"},
     "serve": BASE | {"processing", "models"},
     "doctor": BASE | {"models", "data", "distributed"},
     "bench": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "train"} | {"serve"},
@@ -47,7 +48,7 @@ ALLOWED = {
     "report": BASE | {"sections", "algo", "data", "checkpoint", "evaluate", "train"},
     "cli": BASE
     | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "label", "train"}
-    | {"iterate", "collect", "doctor", "plan", "bench", "serve", "report", "weights"},
+    | {"iterate", "study", "collect", "doctor", "plan", "bench", "serve", "report", "weights"},
 }
 # The only modules, by the start of their name, that may import these. Pickle has no home.
 HOMES = {

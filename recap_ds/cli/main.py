@@ -16,6 +16,7 @@ from recap_ds.cli import (
     report,
     serve,
     shards,
+    study,
     weights,
 )
 from recap_ds.cli.errors import Parser, run_program
@@ -30,6 +31,7 @@ def build_parser() -> Parser:
     consolidate.add_parser(verbs)
     checkpoints.add_parser(verbs)
     iterate.add_parser(verbs)
+    study.add_parser(verbs)
     collect.add_parser(verbs)
     serve.add_parser(verbs)
     weights.add_parser(verbs)

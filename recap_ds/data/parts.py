@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recap_ds.batch import SOURCE_IDS
+from recap_ds.batch import OUTCOME_IDS, SOURCE_IDS
 from recap_ds.config import DataConfig
 from recap_ds.data.draws import identity_of
 from recap_ds.data.epochs import KeptSamples
@@ -37,17 +37,18 @@ def training_parts(shard_set: ShardSet, data: DataConfig) -> list[Part]:
     UsageError for a data set that the shards do not hold.
     """
     kept = ~shard_set.held_out_episodes(data.held_out_fraction)
+    succeeded = _succeeded(shard_set)
     named = {key: where for where, table in _tables(data) for key in table if "/" in key}
     dataset = _datasets(shard_set.episodes) if named else np.empty(0, np.str_)
     source_of_shard = np.array([SOURCE_IDS[entry.source] for entry in shard_set.manifest.shards])
     parts = []
     for source, number in SOURCE_IDS.items():
         shards = np.flatnonzero(source_of_shard == number)
-        rest = kept.copy()
+        rest = kept & succeeded if source == "auto" and data.auto_episodes == "successful" else kept.copy()
         own = []
         for key in sorted(key for key in named if key.startswith(f"{source}/")):
             mine = dataset == key.partition("/")[2]
-            samples = KeptSamples(shard_set.index, shards, kept & mine)
+            samples = KeptSamples(shard_set.index, shards, rest & mine)
             if not samples.num_samples:
                 raise UsageError(
                     f"{named[key]}.{key}: the shards hold no such sample to train on; data sets with {source} samples "
@@ -58,6 +59,13 @@ def training_parts(shard_set: ShardSet, data: DataConfig) -> list[Part]:
         whole = KeptSamples(shard_set.index, shards, rest)
         parts += [Part(source, source, whole)] * (whole.num_samples > 0) + own
     return parts
+
+
+def _succeeded(shard_set: ShardSet) -> np.ndarray:
+    """[E] bool."""
+    succeeded = np.zeros(len(shard_set.episodes), bool)
+    succeeded[shard_set.table.episode[shard_set.table.outcome == OUTCOME_IDS["success"]]] = True
+    return succeeded
 
 
 def _tables(data: DataConfig) -> list[tuple[str, Iterable[str]]]:

@@ -127,7 +127,9 @@ def start_runtime(info: RankInfo, timeout_seconds: float = 1800.0) -> Runtime:
     on_cpu = accelerator_is_cpu()
     if on_cpu:
         os.environ["LOCAL_SIZE"] = str(info.local_world)  # the CPU accelerator's device count
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // info.local_world))
+        # Who says OMP_NUM_THREADS shares the cores with others that we do not know of.
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // info.local_world))
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         get_accelerator().set_device(info.local_rank)
