@@ -54,6 +54,19 @@ def test_a_data_set_named_anywhere_is_a_part_of_its_own(tmp_path):
     assert names == {f"lab/one/{i}" for i in range(3)}
 
 
+@pytest.mark.parametrize("mixture", [None, {"auto/lab": 1}])
+def test_filtered_imitation_leaves_out_what_failed_of_autonomous_episodes_alone(tmp_path, mixture):
+    corrected = flat_episode(2, 8, source="intervention", outcome="failure", human=slice(3, 8))
+    episodes = [flat_episode(0, 8, source="auto"), flat_episode(1, 8, source="auto", outcome="failure"), corrected]
+    episodes.append(flat_episode(3, 8, outcome="failure"))
+    episodes = [replace(episode, name=f"lab/{number}") for number, episode in enumerate(episodes)]
+    shards = write_tiny(tmp_path, episodes)
+    data = DataConfig(held_out_fraction=0, auto_episodes="successful", mixture=mixture)
+    kept = {part.source: part.samples.num_samples for part in training_parts(shards, data)}
+    # Eight frames of the success; of the corrected failure, the person's five.
+    assert kept == {"demo": 8, "auto": 8, "intervention": 5}
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
