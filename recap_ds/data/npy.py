@@ -37,8 +37,8 @@ def _parse_header(version: tuple[int, int], header: bytes) -> tuple[tuple[int, .
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, fortran_order, dtype = read(io.BytesIO(header))
-    except (SyntaxError, tokenize.TokenError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"damaged npy header ({error})") from None
+    except (ValueError, SyntaxError, tokenize.TokenError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"damaged npy header ({_shortly(error)})") from None
     if dtype.hasobject:
         raise ValueError("an object array would need pickle")
     return shape, fortran_order, dtype
@@ -54,9 +54,15 @@ def npz_arrays(path: Path) -> dict[str, np.ndarray]:
             arrays = {}
             for member in archive.infolist():
                 if member.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"'{member.filename}' is compressed, which np.savez never does")
+                    raise ValueError("a member is compressed, which np.savez never does")
                 arrays[member.filename.removesuffix(".npy")] = npy_array(archive.read(member))
             return arrays
     # All that zipfile makes of damaged bytes.
     except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, IndexError, zlib.error, struct.error) as error:
-        raise ValueError(str(error) or type(error).__name__) from None
+        raise ValueError(_shortly(error)) from None
+
+
+def _shortly(error: Exception) -> str:
+    """In one line of a terminal, though numpy writes several, and zipfile the damaged bytes themselves."""
+    text = "".join(letter if letter.isascii() and letter.isprintable() else " " for letter in str(error))
+    return " ".join(text.split())[:100] or type(error).__name__

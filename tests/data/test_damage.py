@@ -9,7 +9,7 @@ import pytest
 
 from recap_ds.config import DataConfig
 from recap_ds.data.index import ShardIndex, build_index
-from recap_ds.data.npy import npy_bytes, npz_arrays
+from recap_ds.data.npy import npy_array, npy_bytes, npz_arrays
 from recap_ds.data.shard_set import DamagedSample, ShardSet
 from recap_ds.errors import UsageError
 from tests.data.fuzz_damage import fuzz
@@ -70,6 +70,19 @@ def test_an_archive_that_would_grow_is_not_unpacked(tmp_path):
         archive.writestr("a.npy", npy_bytes(np.zeros(10_000_000)))
     with pytest.raises(ValueError, match="is compressed"):
         npz_arrays(path)
+
+
+def test_what_is_said_of_damage_is_one_short_line(tmp_path):
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a\nb\x1b[2J" + 300 * "c", npy_bytes(np.zeros(1)))
+    data = path.read_bytes()
+    path.write_bytes(data[:30] + b"x" + data[31:])  # the name at the member is not the one in the list
+    long_header = npy_bytes(np.zeros(1)).replace(b"v\x00", b"\xff\xff", 1) + b" " * 70_000
+    for read in (lambda: npz_arrays(path), lambda: npy_array(long_header)):
+        with pytest.raises(ValueError) as caught:
+            read()
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 150
 
 
 @pytest.mark.parametrize("size", [2**62, 2**40, -512])
