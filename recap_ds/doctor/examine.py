@@ -19,8 +19,9 @@ from recap_ds.doctor.node import NodeFacts
 from recap_ds.doctor.page import Finding, fail
 from recap_ds.doctor.reading import reading_findings
 from recap_ds.doctor.storage import existing_parent, storage_findings
-from recap_ds.doctor.weights import weights_finding
+from recap_ds.doctor.weights import start_finding, weights_finding
 from recap_ds.errors import RunFailed
+from recap_ds.models.export_format import EXPORT_NAME
 from recap_ds.recipe import load_config
 
 
@@ -34,7 +35,8 @@ def examine(hostfile: str | None, run_folder: Path | None, shards: str | None, r
     yield from machine_findings(here, cpus_per_rank=1 + config.data.num_workers)
     yield from launcher_findings(here, with_hosts=bool(hosts))
     if recipe is not None:
-        yield weights_finding(config.model)
+        start = Path(config.training.start_from or "").expanduser()
+        yield start_finding(start) if (start / EXPORT_NAME).is_file() else weights_finding(config.model)
     yield from storage_findings(run_folder)
     if shards is not None:
         yield from reading_findings(shards, config.data)

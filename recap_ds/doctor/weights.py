@@ -5,7 +5,21 @@ from pathlib import Path
 from recap_ds.config import ModelConfig
 from recap_ds.doctor.page import Finding, fail, ok, warn
 from recap_ds.errors import UsageError
+from recap_ds.files.records import size_problems
+from recap_ds.models.export_format import ExportRecord
 from recap_ds.models.vlm_weights import load_vlm_config, weight_files
+
+
+def start_finding(export: Path) -> Finding:
+    """Of an export that ``training.start_from`` names: it brings the VLM, and no other is needed."""
+    try:
+        files = ExportRecord.load(export).files
+    except UsageError as error:
+        return fail("weights", f"training.start_from: {error}")
+    if problems := size_problems(export, files):
+        return fail("weights", f"training.start_from: {export}: {problems[0]}", "copy or import the export again")
+    total = sum(record.bytes for record in files.values())
+    return ok("weights", f"the run starts from {export}: {len(files)} files, {total / 1e9:.2f} GB")
 
 
 def weights_finding(config: ModelConfig) -> Finding:

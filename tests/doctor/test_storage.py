@@ -10,7 +10,11 @@ import pytest
 from recap_ds.config import DataConfig, ModelConfig
 from recap_ds.doctor import reading, storage, weights
 from recap_ds.envs.scripted import write_reach_shards
+from recap_ds.files.records import write_checked_json
+from recap_ds.models.policy import PiStarRECAPPolicy
+from recap_ds.models.pretrained import save_pretrained
 from tests.data.shard_server import serve
+from tests.tiny import tiny_config
 
 
 @pytest.fixture
@@ -103,6 +107,17 @@ def test_remote_shards_are_fetched_once(shards, tmp_path):
         server.answers["manifest.json"] = 403
         (refused,) = reading.reading_findings(server.url, data)
         assert refused.level == "fail" and "403" in refused.what
+
+
+def test_an_export_to_start_from_brings_its_weights(tmp_path):
+    write_checked_json(tmp_path / "export.json", {"format_version": 1})
+    assert "is not an export's record" in weights.start_finding(tmp_path).what
+    save_pretrained(PiStarRECAPPolicy(tiny_config()), None, tmp_path / "export")
+    found = weights.start_finding(tmp_path / "export")
+    assert found.level == "ok" and "the run starts from" in found.what
+    (tmp_path / "export/action_expert.safetensors").unlink()
+    broken = weights.start_finding(tmp_path / "export")
+    assert broken.level == "fail" and "action_expert.safetensors is missing" in broken.what
 
 
 def test_weights_are_looked_for_and_never_fetched(tmp_path, monkeypatch):
