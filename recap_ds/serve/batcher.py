@@ -31,7 +31,7 @@ class _Waiting(NamedTuple):
 
 
 class Batcher:
-    """``async with Batcher(...) as batcher``; at its end the running forward is finished."""
+    """``async with Batcher(...) as batcher``: for as long as it is entered, requests are answered."""
 
     def __init__(self, predict: Predict, max_batch: int):
         self._predict, self._max_batch = predict, max_batch
@@ -48,7 +48,8 @@ class Batcher:
     async def __aexit__(self, *error: object) -> None:
         self._task.cancel()
         await asyncio.wait([self._task])
-        self._thread.shutdown()
+        # A forward that nobody waits for any more must not keep the event loop from signals.
+        self._thread.shutdown(wait=False)
 
     async def ask(self, request: ChunkRequest) -> Answer:
         """Raises what the model raised for this request."""

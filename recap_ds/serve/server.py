@@ -104,7 +104,7 @@ class PolicyServer:
             except asyncio.TimeoutError:
                 for connection in list(server.all_connections):
                     connection.transport.abort()
-        self._reader.shutdown()
+        self._reader.shutdown(wait=False)
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
         """Before the websocket opens: an HTTP answer, or None to go on."""

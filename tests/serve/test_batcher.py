@@ -72,11 +72,12 @@ def test_whoever_has_left_is_not_computed():
     assert (int(first.actions[0, 0]), int(last.actions[0, 0])) == (0, 2)
 
 
-def test_the_running_forward_is_finished_at_the_end():
+def test_an_idle_model_starts_at_once():
     model = Model()
 
     async def scenario():
         async with Batcher(model, 1) as batcher:
             return await batcher.ask(5)
 
-    assert asyncio.run(scenario()).actions[0, 0] == 5
+    answer = asyncio.run(scenario())
+    assert (answer.actions[0, 0], answer.batch_size) == (5, 1)

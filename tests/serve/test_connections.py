@@ -108,6 +108,30 @@ def test_a_request_that_is_computed_is_answered_before_the_end(export, robot):
         client.infer(request(1))
 
 
+def test_an_answer_that_takes_too_long_is_not_waited_for_at_the_end(export):
+    served, _ = load_made(export)
+    begun, go, ended = threading.Event(), threading.Event(), []
+
+    def slow(requests):
+        begun.set()
+        assert go.wait(10)
+        return [np.zeros((4, 2), np.float32)]
+
+    def ask(client):
+        with pytest.raises(RunFailed, match="does not answer any more"):
+            client.infer(request(1))
+        ended.append(not go.is_set())  # cut off while the model still computed
+        go.set()
+
+    served.predict_chunks = slow
+    with serving(served, {}, ServerSettings(port=0, drain_seconds=0.3)) as port:
+        asking = threading.Thread(target=ask, args=(PolicyClient(HOST, port),))
+        asking.start()
+        assert begun.wait(10)
+    asking.join()
+    assert ended == [True]
+
+
 def test_who_leaves_before_the_answer_takes_no_place(export, robot):
     """Requests of those who left are not computed, and their places are free at once."""
     served, _ = load_made(export)
