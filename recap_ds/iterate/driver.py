@@ -1,4 +1,5 @@
-"""RECAP's iterations (arXiv 2511.14759, Algorithm 1): critic, labels, policy, each a program of its own.
+"""RECAP's iterations (arXiv 2511.14759, Algorithm 1): critic, labels, policy, each a program of its own; in a
+simulator also what comes before and after them, the collection by the policy so far and the policy's evaluation.
 
 A driver and nothing more: what a job does, how it resumes and what it refuses is the job's. It runs one job at a time
 in the foreground and stops at the first that fails; started again, it goes on with the first that is not done.
@@ -12,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from recap_ds.data.merge import merge_shards
 from recap_ds.errors import EXIT_STOPPED, RunFailed, RunStopped, UsageError
 from recap_ds.iterate.folder import IterationFolder, check_settings
 from recap_ds.iterate.recipe import IterationRecipe, TrainingJob
 
-TRAIN, LABEL = "train.py", "label.py"
+TRAIN, LABEL, EVALUATE = "train.py", "label.py", "evaluate.py"
 
 
 def iterate(
@@ -28,10 +30,10 @@ def iterate(
     """
     start = _launcher(launcher, programs)
     num_iterations = len(recipe.shards) if num_iterations is None else num_iterations
-    if num_iterations > len(recipe.shards):
+    if num_iterations > len(recipe.shards) and recipe.collect is None:
         raise UsageError(
             f"--iterations {num_iterations}: the recipe names {len(recipe.shards)} folder(s) of shards, one for each "
-            "iteration; over the same shards the next would only repeat the last"
+            "iteration; over the same shards the next would only repeat the last. Add a folder, or collect:"
         )
     for number in range(1, num_iterations + 1):
         IterationFolder(out, number).check_tag(recipe, number)
@@ -41,8 +43,10 @@ def iterate(
 
 def _run_iteration(recipe: IterationRecipe, out: Path, number: int, start: list[str], programs: Path) -> Path:
     folder, tag = IterationFolder(out, number), recipe.tag(number)
-    folder.start(recipe, number)
     where = f"iteration {number}"
+    if number > len(recipe.shards) and not folder.data_are_whole():
+        _collect(recipe, IterationFolder(out, number - 1), folder, where)
+    folder.start(recipe, number)
 
     def train(name: str, job: TrainingJob, *own: str) -> dict:
         if folder.summary(name) is None:
@@ -63,8 +67,32 @@ def _run_iteration(recipe: IterationRecipe, out: Path, number: int, start: list[
         _run(f"{where}: labels", [*command, "--shards", str(folder.shards), "--tag", tag, *recipe.label.settings])
         folder.adopt_labels(tag)
     policy = train("policy", recipe.policy, "recap.sft=false", f"data.labels={tag}")
+    if recipe.evaluate is not None and folder.results.is_file():
+        print(f"{where}: evaluation is done", flush=True)
+    elif recipe.evaluate is not None:
+        _run(f"{where}: evaluation", [*start, str(programs / EVALUATE), *evaluation_words(recipe, folder)])
     folder.finish({"recipe": recipe.model_dump(mode="json"), "tag": tag, "critic": critic, "policy": policy})
-    return folder.path / "policy"
+    return folder.policy
+
+
+def _collect(recipe: IterationRecipe, before: IterationFolder, folder: IterationFolder, where: str) -> None:
+    """The policy of the iteration before plays; what it did joins the data of that iteration."""
+    assert recipe.env is not None and recipe.collect is not None, "checked when the recipe was read"
+    wanted = recipe.collect
+    numbers = ["--episodes", str(wanted.episodes)]
+    if wanted.corrections is not None:
+        numbers += ["--corrections", str(wanted.corrections)]
+    words = ["--env", recipe.env.name, "--checkpoint", str(before.policy), "--out", str(folder.collected), *numbers]
+    words += ["--name", f"{recipe.name}_{folder.path.name}", *recipe.env.settings, *wanted.settings]
+    # One process: episodes are few, and its environments are processes of their own.
+    _run(f"{where}: collection", [sys.executable, "-m", "recap_ds.cli.main", "collect", *words])
+    merge_shards([before.shards.resolve(), folder.collected], folder.data)
+
+
+def evaluation_words(recipe: IterationRecipe, folder: IterationFolder) -> list[str]:
+    assert recipe.env is not None and recipe.evaluate is not None, "checked when the recipe was read"
+    words = ["--checkpoint", str(folder.policy), "--env", recipe.env.name, "--out", str(folder.results)]
+    return [*words, "--episodes", str(recipe.evaluate.episodes), *recipe.env.settings, *recipe.evaluate.settings]
 
 
 def training_overrides(folder: IterationFolder, name: str, job: TrainingJob) -> list[str]:
@@ -85,7 +113,7 @@ def _launcher(launcher: str, programs: Path) -> list[str]:
     words = shlex.split(launcher)
     if not words or shutil.which(words[0]) is None:
         raise UsageError(f"--launcher '{launcher}': there is no program '{words[0] if words else ''}' on the PATH")
-    for name in (TRAIN, LABEL):
+    for name in (TRAIN, LABEL, EVALUATE):
         if not (programs / name).is_file():
             raise UsageError(f"--programs {programs}: has no {name}; name the launch/ folder of the repository")
     return words

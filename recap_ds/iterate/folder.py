@@ -3,11 +3,14 @@
     OUT/settings.json                what the iterations are made with; another recipe in the same folder is refused
     OUT/iteration_01/
         shards critic_start policy_start labels     relative links to what the iteration uses
+        collected/ data/                            where the iteration collects: its own episodes, and all so far
         critic/ policy/                             two training runs
+        evaluation_results.json                     of the policy in the environment, where the recipe has one
         iteration.json                              written at the end: settings, labels and both summaries
 
 Nothing remembers the progress: a run is done when its own summary is there, labels when the folder ``labels`` points at
-holds its labels.json. So whatever interrupts an iteration, the next start finds out by looking.
+holds its labels.json, collection and evaluation when there are data/manifest.json and the results. So whatever
+interrupts an iteration, the next start finds out by looking.
 """
 
 import json
@@ -18,6 +21,7 @@ from recap_ds.checkpoint.layout import BEST, CHECKPOINTS_NAME, LATEST, linked_st
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.label_records import LABELS_NAME
 from recap_ds.data.labels import labels_folder
+from recap_ds.data.manifest import MANIFEST_NAME
 from recap_ds.data.values import values_folder
 from recap_ds.errors import RunFailed, UsageError
 from recap_ds.files.atomic import write_file
@@ -27,6 +31,7 @@ from recap_ds.train.run_folder import FREE_KEYS, RunFolder
 
 SETTINGS_NAME = "settings.json"
 RECORD_NAME = "iteration.json"
+RESULTS_NAME = "evaluation_results.json"
 
 
 class IterationFolder:
@@ -34,21 +39,32 @@ class IterationFolder:
         self.path = out / f"iteration_{number:02d}"
         self.shards = self.path / "shards"
         self.labels = self.path / "labels"
+        self.collected, self.data = self.path / "collected", self.path / "data"
+        self.policy = self.path / "policy"
+        self.results = self.path / RESULTS_NAME
         self._record = self.path / RECORD_NAME
 
     def check_tag(self, recipe: IterationRecipe, number: int) -> None:
         """UsageError where the shards have labels of that tag by another critic: the label job would refuse them."""
-        tag, shards = recipe.tag(number), Path(recipe.shards[number - 1])
+        tag, shards = recipe.tag(number), self.shards_of(recipe, number)
         if self.summary("critic") is not None:
             return  # then they may be its own, and the label job knows
         for folder in (values_folder(shards, tag), labels_folder(shards, tag)):
             if folder.exists():
                 raise UsageError(f"{folder}: is there already, of another critic; choose another name: in the recipe")
 
+    def shards_of(self, recipe: IterationRecipe, number: int) -> Path:
+        """Named by the recipe, or collected by the iteration itself."""
+        return Path(recipe.shards[number - 1]) if number <= len(recipe.shards) else self.data
+
+    def data_are_whole(self) -> bool:
+        """True = what the iteration collects is there, with all data before."""
+        return (self.data / MANIFEST_NAME).is_file()
+
     def start(self, recipe: IterationRecipe, number: int) -> None:
         """Link what the iteration starts from. What is linked already stays: ``latest`` may have moved since."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._link(self.shards, Path(recipe.shards[number - 1]))
+        self._link(self.shards, self.shards_of(recipe, number))
         for name, job in (("critic", recipe.critic), ("policy", recipe.policy)):
             path = None if self._start(name).is_symlink() else job.start()
             if path is not None:
@@ -100,6 +116,7 @@ def check_settings(out: Path, recipe: IterationRecipe) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         for job in ("critic", "policy"):  # keys that are newer than the folder take their defaults
             before[job] = build_config(before[job]).model_dump(mode="json")
+        before = {"env": None, "collect": None} | before  # newer than the first folders
         keys = [key for key in changed_keys(before, settings) if not _is_free(key)]
         if keys:
             raise UsageError(f"{out} holds iterations with other settings: {', '.join(keys)}; choose another --out")
@@ -116,6 +133,8 @@ def _settings(recipe: IterationRecipe) -> dict:
         "label": sorted(recipe.label.settings),
         "policy": recipe.policy_config().model_dump(mode="json"),
         "policy_start": recipe.policy.start_from,
+        "env": None if recipe.env is None else recipe.env.model_dump(mode="json"),
+        "collect": None if recipe.collect is None else recipe.collect.model_dump(mode="json"),
     }
 
 

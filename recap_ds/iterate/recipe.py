@@ -5,6 +5,9 @@
     critic: {recipe: launch/recipes/metaworld_critic.yaml, start_from: runs/v_pre}
     label: {settings: [label.lookahead=50]}
     policy: {recipe: launch/recipes/metaworld_policy.yaml, start_from: runs/pi_pre}
+    env: {name: "metaworld:reach-v3", settings: [env.image_size=64]}   # in a simulator, these three too:
+    collect: {episodes: 60, corrections: 20}      # for iterations beyond the folders: by the policy of the one before
+    evaluate: {episodes: 100}
 
 Every iteration restarts from the same pre-trained checkpoints, never from the last iteration's (RECAP, arXiv
 2511.14759, section V-D: what was learned stays in the data, and drift does not add up). Paths are as seen from where
@@ -64,6 +67,24 @@ class LabelJob(_Part):
     settings: tuple[str, ...] = ()
 
 
+class World(_Part):
+    """The environment of collection and evaluation; ``settings`` are env.*."""
+
+    name: str
+    settings: tuple[str, ...] = ()
+
+
+class CollectJob(_Part):
+    episodes: int = Field(ge=1)
+    corrections: int | None = Field(None, ge=1)
+    settings: tuple[str, ...] = ()
+
+
+class EvaluateJob(_Part):
+    episodes: int = Field(ge=1)
+    settings: tuple[str, ...] = ()
+
+
 class IterationRecipe(_Part):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     shards: tuple[str, ...] = Field(min_length=1)
@@ -71,6 +92,9 @@ class IterationRecipe(_Part):
     critic: TrainingJob
     label: LabelJob = LabelJob()
     policy: TrainingJob
+    env: World | None = None
+    collect: CollectJob | None = None
+    evaluate: EvaluateJob | None = None
 
     def critic_config(self) -> PiStarRECAPConfig:
         return self.critic.config("training.stage=critic")
@@ -105,6 +129,9 @@ def load_iteration_recipe(path: str | Path) -> IterationRecipe:
             raise UsageError(f"--config {path}: shards: {shards} has no manifest.json; name folders of shards")
     if not Path(recipe.deepspeed).is_file():
         raise UsageError(f"--config {path}: deepspeed: there is no file {recipe.deepspeed}")
+    for job in ("collect", "evaluate"):
+        if recipe.env is None and recipe.model_dump()[job] is not None:
+            raise UsageError(f"--config {path}: {job}: needs an environment; add env: {{name: ...}}")
     _check_jobs(path, recipe)
     return recipe
 
@@ -115,6 +142,10 @@ def _check_jobs(path: str | Path, recipe: IterationRecipe) -> None:
         "policy": lambda: (recipe.policy_config(), recipe.policy.start()),
         "label": lambda: _check_labels(recipe),
     }
+    if recipe.env is not None:
+        for name, part in (("collect", recipe.collect), ("evaluate", recipe.evaluate)):
+            settings = [*recipe.env.settings, *(part.settings if part is not None else ())]
+            checks[name] = lambda settings=settings: load_config(None, settings)
     for name, check in checks.items():
         try:
             check()
@@ -139,7 +170,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"'{place}' is missing; see recap_ds/iterate/recipe.py for an example"
     if first["type"] == "extra_forbidden":
-        known = [*IterationRecipe.model_fields, *TrainingJob.model_fields]
+        known = [*IterationRecipe.model_fields, *TrainingJob.model_fields, *CollectJob.model_fields]
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         return f"unknown key '{place}'{f'; did you mean {near[0]!r}?' if near else ''}"
     return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

@@ -53,6 +53,33 @@ def label(journal, arguments):
     return 0
 
 
+def evaluate(journal, arguments):
+    out = Path(flag(arguments, "--out"))
+    assert Path(flag(arguments, "--checkpoint"), "summary.json").is_file(), "a policy that is trained"
+    if fails(journal, "evaluate"):
+        return 1
+    episodes = [
+        {"episode": i, "seed": i, "task": "a", "success": i > 0, "frames": 9, "video": None, "sum_reward": 0.0}
+        for i in range(4)
+    ]
+    figures = {
+        "num_episodes": 4,
+        "num_successes": 3,
+        "success_rate": 0.75,
+        "success_rate_interval": [0.3, 0.95],
+        "successes_per_hour": 120.0,
+        "successes_per_hour_interval": [60.0, 160.0],
+        "mean_frames": 9.0,
+    }
+    entry = {"checkpoint": "policy", "indicator": "positive", "guidance_beta": 1.0, **figures, "tasks": {"a": figures}}
+    entry |= {"paired_with_first_entry": None, "episodes": episodes}
+    rollouts = {"env": "reach", "num_episodes": 4, "seed": 0, "entries": [entry]}
+    out.write_text(
+        json.dumps({"checkpoint": "policy", "dataset_path": None, "dataset_evaluation": None, "rollouts": rollouts})
+    )
+    return 0
+
+
 def main(journal, program, *arguments):
     if Path(f"{journal}.wait").is_file():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -60,7 +87,7 @@ def main(journal, program, *arguments):
         file.write(json.dumps([Path(program).name, *arguments]) + "\n")
     if Path(f"{journal}.wait").is_file():
         time.sleep(60)
-    return {"train.py": train, "label.py": label}[Path(program).name](journal, arguments)
+    return {"train.py": train, "label.py": label, "evaluate.py": evaluate}[Path(program).name](journal, arguments)
 
 
 if __name__ == "__main__":

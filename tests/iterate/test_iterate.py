@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recap_ds.cli import iterate as cli_iterate
 from recap_ds.cli.main import main
+from recap_ds.iterate import driver
 from recap_ds.iterate.recipe import load_iteration_recipe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,7 +37,7 @@ class Desk:
         for name in ("critic", "policy"):
             shutil.copy(REPOSITORY / "launch" / "recipes" / f"metaworld_{name}.yaml", folder / f"{name}.yaml")
         shutil.copytree(REPOSITORY / "ds_configs", folder / "ds_configs")
-        for program in ("train.py", "label.py"):
+        for program in ("train.py", "label.py", "evaluate.py"):
             (folder / "launch").mkdir(exist_ok=True)
             (folder / "launch" / program).touch()
         for shards in self.values["shards"]:
@@ -68,6 +70,8 @@ class Desk:
 def job_of(command):
     if command[0] == "label.py":
         return f"label {command[command.index('--tag') + 1]}"
+    if command[0] == "evaluate.py":
+        return f"evaluate {Path(command[command.index('--out') + 1]).parent.name}"
     settings = settings_of(command)
     return f"{settings['name']} {Path(settings['runs_dir']).name}"
 
@@ -163,6 +167,50 @@ def test_a_later_round_of_shards_is_one_more_iteration(desk):
     assert os.readlink("iterations/mw/iteration_01/critic_start").endswith("step_00000100")
 
 
+def test_in_a_simulator_an_iteration_ends_with_rollouts_and_the_next_begins_with_some(desk, capsys, monkeypatch):
+    desk.values |= {"shards": ["data/one"], "env": {"name": "reach", "settings": ["env.image_size=32"]}}
+    desk.values |= {"collect": {"episodes": 6, "corrections": 2}, "evaluate": {"episodes": 4}}
+    collections, merges = [], []
+
+    def run(what, command):
+        if "collect" in command:
+            collections.append(command[command.index("collect") + 1 :])
+        else:
+            assert subprocess.run(command).returncode == 0
+
+    def merge(folders, out):
+        merges.append([str(folder.relative_to(desk.folder) if folder.is_absolute() else folder) for folder in folders])
+        out.mkdir(parents=True)
+        (out / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(driver, "_run", run)
+    monkeypatch.setattr(driver, "merge_shards", merge)
+    monkeypatch.setattr(cli_iterate, "_write_report", lambda out, policies, results: None)
+    assert desk.iterate("--iterations", "2") == 0
+    first, second = (Path(f"iterations/mw/iteration_0{number}") for number in (1, 2))
+    assert desk.jobs() == [
+        *ALL_JOBS[:3],
+        "evaluate iteration_01",
+        *ALL_JOBS[3:],
+        "evaluate iteration_02",
+    ]
+    assert collections == [
+        [
+            *("--env", "reach", "--checkpoint", str(first / "policy"), "--out", str(second / "collected")),
+            *("--episodes", "6", "--corrections", "2", "--name", "mw_iteration_02", "env.image_size=32"),
+        ]
+    ]
+    assert merges == [["data/one", str(second / "collected")]]
+    assert os.readlink(second / "shards") == "data"
+    line = "positive beta 1      success 0.75 [0.30, 0.95]  120 per hour [60, 160]"
+    assert f"iteration 1  {line}\niteration 2  {line}\n" in capsys.readouterr().out
+    assert desk.iterate("--iterations", "2") == 0
+    assert desk.jobs() == [] and len(collections) == 1, "all is done"
+    (first / "evaluation_results.json").write_text("{")
+    assert desk.iterate("--iterations", "2") == 2
+    assert "iteration_01/evaluation_results.json: cannot be read" in one_line(capsys)
+
+
 def test_without_a_start_the_recipe_decides(desk):
     del desk.values["critic"]["start_from"]
     assert desk.iterate("--iterations", "1", "--out", "elsewhere") == 0
@@ -240,6 +288,10 @@ def test_a_folder_of_shards_that_changed_its_place_is_refused(desk, capsys):
         ({"label": {"settings": ["training.seed=1"]}}, "label: training.seed: is settled by the critic"),
         ({"label": {"settings": ["recap.demos=labelled"]}}, "label: recap.demos is labelled for the labels and pos"),
         ({"label": {"settings": ["label.source=iql"]}}, "label: label.source=iql is not to be had"),
+        ({"collect": {"episodes": 4}}, "collect: needs an environment; add env: {name: ...}"),
+        ({"evaluate": {"episodes": 0}}, "evaluate.episodes: "),
+        ({"env": {"name": "reach", "settings": ["env.max_step=5"]}}, "did you mean 'env.max_steps'?"),
+        ({"collect": {"episodes": 4, "correction": 2}}, "unknown key 'collect.correction'; did you mean 'correct"),
     ],
 )
 def test_a_wrong_recipe_ends_in_one_line_before_anything_runs(desk, change, said, capsys):
