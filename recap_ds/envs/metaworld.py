@@ -37,6 +37,7 @@ class MetaWorld(Environment):
         # The experts' own gains exceed the bounds; everyone here clips.
         warnings.filterwarnings("ignore", message="Constant\\(s\\) may be too high", category=UserWarning)
         self._classes = import_simulator("metaworld.env_dict", name, INSTALL).ALL_V3_ENVIRONMENTS
+        self._mujoco = import_simulator("mujoco", name, INSTALL)
         self._experts = import_simulator("metaworld.policies", name, INSTALL).ENV_POLICY_MAP
         chosen = tasks.split(",") if tasks else []
         if unknown := [task for task in chosen if task not in self._classes] or not chosen:
@@ -65,7 +66,12 @@ class MetaWorld(Environment):
             self._worlds[task] = self._build(task)
         self._task, self._world = task, self._worlds[task]
         self._world.seed(seed)
-        self._full_state, _ = self._world.reset()
+        self._world.reset()
+        # Where objects and goal were put is in the model; until MuJoCo has looked, pictures and positions show the
+        # draw before it (metaworld 3.1 draws twice in a reset). Twice: an observation holds the one before it.
+        self._mujoco.mj_forward(self._world.model, self._world.data)
+        for _ in range(2):
+            self._full_state = self._world._get_obs()
         self._expert = self._experts[task]()
         self._reward = 0.0
 
@@ -102,7 +108,7 @@ class MetaWorld(Environment):
 
     def _build_renderer(self):
         model = self._world.model
-        mujoco = import_simulator("mujoco", self.spec.name, INSTALL)
+        mujoco = self._mujoco
         # The buffer it draws in; a renderer of a larger picture is refused.
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, self._size)
         model.vis.global_.offheight = max(model.vis.global_.offheight, self._size)

@@ -51,6 +51,26 @@ def test_experts_succeed_and_a_seed_fixes_the_episode_whatever_was_played_before
     assert success and not np.array_equal(states, play(first, task, 6, 120)[0])
 
 
+@pytest.mark.parametrize("task", ["reach-v3", "window-open-v3", "coffee-pull-v3"])
+def test_the_first_look_is_at_this_episode(task):
+    """Meta-World's own reset leaves objects and goal, to the eye and to the expert, where the draw before put them."""
+    env = world(f"metaworld:{task}", cameras={"top": "topview"})
+    env.reset(5, task)
+    state, action, picture = env.state(), env.expert_action(), env.images()["top"]
+    inner = env._world
+    places = inner.data.site_xpos.copy(), inner.data.xpos.copy()
+    env._mujoco.mj_forward(inner.model, inner.data)
+    np.testing.assert_array_equal(picture, env.images()["top"])
+    for before, after in zip(places, (inner.data.site_xpos, inner.data.xpos), strict=True):
+        np.testing.assert_allclose(before, after, atol=1e-12)
+    env._full_state = inner._get_obs()
+    np.testing.assert_array_equal(state, env.state())
+    np.testing.assert_array_equal(action, env.expert_action())
+    if task == "reach-v3":
+        np.testing.assert_allclose(inner.data.site("goal").xpos, inner._target_pos, atol=1e-6)
+    env.close()
+
+
 def test_what_a_policy_knows_of_it():
     spec = world("metaworld:reach-v3,push-back-v3").spec
     assert spec.tasks == {"reach-v3": "reach", "push-back-v3": "push back"}
