@@ -47,6 +47,11 @@ class LabelConfig(Section):
     source: Literal["distributional", "iql", "blend"] = "distributional"
     # Share of the N-step advantage in a blend; min Q - V has the rest.
     blend: float = Field(0.5, ge=0, le=1)
+    # What RECAP does not do, for ablations. labelled: corrections are ranked like autonomous samples. shared: one
+    # threshold for all tasks. shuffle: the control, a task's advantages dealt out anew to its samples at random.
+    corrections: Literal["positive", "labelled"] = "positive"
+    thresholds: Literal["per_task", "shared"] = "per_task"
+    shuffle: bool = False
     # Samples per forward; the last batch of a shard is padded to it.
     batch_size: int = Field(64, ge=1)
 

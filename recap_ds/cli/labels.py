@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="recap.positive_fraction, recap.demos, label.lookahead, label.source, label.blend",
+        help="recap.positive_fraction, recap.demos, and of label.* all but batch_size",
     )
     rethreshold.set_defaults(run=run_rethreshold)
 

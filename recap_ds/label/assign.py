@@ -24,6 +24,7 @@ from recap_ds.algo.labels import (
     top_fraction,
 )
 from recap_ds.algo.returns import TaskScale, monte_carlo_return, takeovers_ahead, value_scale
+from recap_ds.batch import SOURCE_IDS
 from recap_ds.config import ValueConfig
 from recap_ds.data.label_records import LabelRecord, LabelSettings, TaskLabels
 from recap_ds.data.labels import LabelColumns
@@ -58,10 +59,15 @@ def assign_labels(
     advantage = _advantages(shard_set, stored, samples, settings, lookahead)
     known = ~advantage.isnan()
     forced = forced_positive(samples.source, settings.demos)
+    if settings.label.corrections == "labelled":
+        forced &= samples.source != SOURCE_IDS["intervention"]
     ranked = known & ~forced
     _check_counts(shard_set, samples.task[ranked], settings.positive_fraction)
     key = torch.from_numpy(stored.key_rank)
-    positive = top_fraction(advantage, key, samples.task, ranked, settings.positive_fraction)
+    if settings.label.shuffle:
+        advantage = _shuffled(advantage, samples.task, ranked, key)
+    group = samples.task if settings.label.thresholds == "per_task" else torch.zeros_like(samples.task)
+    positive = top_fraction(advantage, key, group, ranked, settings.positive_fraction)
     indicator = torch.where(ranked, INDICATOR_IDS["negative"], INDICATOR_IDS["none"])
     indicator = indicator.masked_fill(positive | forced, INDICATOR_IDS["positive"])
     columns = LabelColumns(
@@ -76,6 +82,17 @@ def assign_labels(
         files={},
     )
     return record, columns
+
+
+def _shuffled(advantage: Tensor, task: Tensor, ranked: Tensor, key: Tensor) -> Tensor:
+    """[N] the ranked advantages of every task, dealt out anew; the same whatever order the shards have."""
+    shuffled = advantage.clone()
+    for number in task[ranked].unique().tolist():
+        rows = torch.nonzero(ranked & (task == number))[:, 0]
+        rows = rows[key[rows].argsort(stable=True)]
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
+        shuffled[rows] = advantage[rows[order]]
+    return shuffled
 
 
 def _check_source(settings: LabelSettings, value: ValueConfig) -> None:

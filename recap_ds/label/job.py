@@ -46,7 +46,16 @@ OPEN_KEYS = (
     "data.max_damaged_fraction",
     "training.use_amp",
 )
-ASSIGN_KEYS = ("label.lookahead", "label.source", "label.blend", "recap.positive_fraction", "recap.demos")
+ASSIGN_KEYS = (
+    "label.lookahead",
+    "label.source",
+    "label.blend",
+    "label.corrections",
+    "label.thresholds",
+    "label.shuffle",
+    "recap.positive_fraction",
+    "recap.demos",
+)
 # Ranks with fewer samples wait for the others at the end of pass 1.
 WAIT_SECONDS = 7 * 24 * 3600.0
 

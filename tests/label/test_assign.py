@@ -137,6 +137,32 @@ def test_exactly_the_top_fraction_of_what_is_not_forced_is_positive(tmp_path, de
         assert task.positive_fraction == pytest.approx(0.3, abs=0.01)
 
 
+def test_what_recap_does_not_do_can_be_done_to_see_what_it_is_worth(tmp_path):
+    shards = mixed_set(tmp_path)
+    stored = store_values(shards, "t", column_of(shards, random_value))
+    table, corrected = shards.table, shards.table.source == SOURCE_IDS["intervention"]
+
+    def labels(**settings):
+        return assign_labels(shards, stored, "t", made_settings(0.3, lookahead=2, **settings))[1]
+
+    plain, ranked = labels(), ~corrected
+    free = labels(corrections="labelled").indicator == POSITIVE
+    assert (plain.indicator[corrected] == POSITIVE).all() and not free[corrected].all()
+    assert free.sum() == sum(round(0.3 * (table.task == task).sum()) for task in np.unique(table.task))
+    shared = labels(thresholds="shared")
+    positive = ranked & (shared.indicator == POSITIVE)
+    assert positive.sum() == round(0.3 * ranked.sum())
+    assert plain.advantage[positive].min() >= plain.advantage[ranked & ~positive].max()
+    dealt, again = labels(shuffle=True), labels(shuffle=True)
+    np.testing.assert_array_equal(dealt.indicator, again.indicator)
+    assert (dealt.indicator != plain.indicator).any()
+    for task in np.unique(table.task):
+        mine = ranked & (table.task == task)
+        np.testing.assert_array_equal(np.sort(dealt.advantage[mine]), np.sort(plain.advantage[mine]))
+        assert (dealt.indicator[mine] == POSITIVE).sum() == (plain.indicator[mine] == POSITIVE).sum()
+    np.testing.assert_array_equal(dealt.advantage[corrected], plain.advantage[corrected])
+
+
 def test_equal_advantages_are_parted_by_key_whichever_shard_they_are_in(tmp_path):
     """A perfect value function: every advantage of a success is exactly the same."""
     episodes = [flat_episode(i, 8, "auto") for i in range(5)]
