@@ -80,8 +80,8 @@ class EnvConfig(Section):
     # The policy's camera -> the environment's; None where both have the same names.
     cameras: dict[str, str] | None = None
     # Side of the pictures in pixels: that of the shards the policy learned from. None is model.image_size.
-    image_size: int | None = Field(None, ge=16)
-    # Frames after which an episode has failed; None is the environment's own limit.
+    image_size: int | None = Field(None, ge=16, le=2048)
+    # Frames after which an episode is out of time (value.timeout_is says what that counts as); None is the environment's own limit.
     max_steps: int | None = Field(None, ge=1)
     # Meta-World: meshes of more faces are not drawn (1500 leaves gripper and objects); much faster without a GPU.
     max_mesh_faces: int | None = Field(None, ge=1)

@@ -59,7 +59,7 @@ class GymnasiumWorld(Environment):
                 f"that says success, or '{TERMINATED}' where an episode ends only by success"
             )
         success = bool(terminated if key == TERMINATED else info[key])
-        return StepResult(self._reward, success, terminated=success or bool(terminated or truncated))
+        return StepResult(self._reward, success, terminated=success or bool(terminated), truncated=bool(truncated))
 
     def state(self) -> np.ndarray:
         key = self._settings.state_key

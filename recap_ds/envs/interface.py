@@ -40,7 +40,8 @@ class EnvSpec:
 class StepResult(NamedTuple):
     reward: float  # the environment's own
     success: bool
-    terminated: bool  # True = the world ended the episode; a time limit does not
+    terminated: bool  # True = the task ended, in success or failure; a time limit does not end it
+    truncated: bool = False  # True = the world goes no further (a limit of its own), and the task had not ended
 
 
 class Environment(ABC):

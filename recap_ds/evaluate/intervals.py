@@ -28,11 +28,16 @@ def successes_per_hour(success: np.ndarray, seconds: np.ndarray) -> float:
 
 
 def throughput_interval(success: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
-    """Of ``successes_per_hour``: percentiles over episodes drawn again with replacement, from a fixed seed."""
+    """Of ``successes_per_hour``: percentiles over episodes drawn again with replacement, from a fixed seed, or Wilson's
+    bounds of the rate at the mean time of an episode, whichever reaches further at each end.
+
+    Episodes drawn again know only what was seen: of none that succeeded, or of all, they would make a certainty.
+    """
     chosen = np.random.default_rng(0).integers(len(success), size=(NUM_RESAMPLES, len(success)))
     rates = success[chosen].sum(axis=1) / seconds[chosen].sum(axis=1) * 3600.0
     low, high = np.quantile(rates, [0.025, 0.975])
-    return float(low), float(high)
+    lowest, highest = (rate / seconds.mean() * 3600.0 for rate in wilson_interval(int(success.sum()), len(success)))
+    return float(min(low, lowest)), float(max(high, highest))
 
 
 class Paired(NamedTuple):

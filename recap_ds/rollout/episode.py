@@ -41,6 +41,7 @@ class PlayedEpisode(NamedTuple):
 
     plan: EpisodePlan
     success: bool
+    terminated: bool  # True = the task ended, in success or failure; False = time ran out
     states: np.ndarray  # [T, S] float32
     actions: np.ndarray  # [T, A] float32, as executed: within the bounds
     rewards: np.ndarray  # [T] float32, the environment's
@@ -51,6 +52,13 @@ class PlayedEpisode(NamedTuple):
     @property
     def num_frames(self) -> int:
         return len(self.states)
+
+    @property
+    def outcome(self) -> Literal["success", "failure", "truncated"]:
+        """As shards call it. What running out of time counts as is the trainer's business (``value.timeout_is``)."""
+        if self.success:
+            return "success"
+        return "failure" if self.terminated else "truncated"
 
 
 class PlayRules(NamedTuple):

@@ -25,7 +25,7 @@ class Player:
         self._frames: list[tuple[np.ndarray, np.ndarray, float, bool]] = []
         self._pictures: list[dict[str, np.ndarray]] = []
         self._num_rendered = 0
-        self._ended = self._success = False
+        self._ended = self._success = self._terminated = False
         self._env.reset(plan.seed, plan.task)
         if plan.mode == "corrected" and self._corrector.begin(self._moment()):
             self._correct()
@@ -96,7 +96,8 @@ class Player:
         result = self._env.step(executed)
         self._frames.append((state, executed, result.reward, is_expert))
         self._success = result.success
-        self._ended = result.success or result.terminated or len(self._frames) >= spec.max_steps
+        self._terminated = result.success or result.terminated
+        self._ended = self._terminated or result.truncated or len(self._frames) >= spec.max_steps
 
     def _look(self) -> Look:
         return Look(len(self._frames), observe(self._env, self._pictures_now(), self._plan.prompt))
@@ -123,6 +124,7 @@ class Player:
         return PlayedEpisode(
             plan=self._plan,
             success=self._success,
+            terminated=self._terminated,
             states=np.array(states, np.float32),
             actions=np.array(actions, np.float32),
             rewards=np.array(rewards, np.float32),

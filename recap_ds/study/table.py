@@ -1,7 +1,8 @@
 """What a study came to, as Markdown: an arm's units together, every seed by itself, and the first arm beside others.
 
 Intervals are of 95 %: Wilson's over all episodes of all seeds, and percentiles of episodes drawn again for the
-throughput. They speak of episodes: how much a seed of training matters is seen in the column of seeds.
+throughput, where Wilson's at the mean time are no wider. They speak of episodes: how much a seed of training matters is
+seen in the column of seeds.
 """
 
 from collections.abc import Iterable, Sequence

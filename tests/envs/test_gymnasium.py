@@ -46,7 +46,8 @@ def test_a_truncated_episode_is_over_and_no_success():
     env = world()
     env.reset(0, CART)
     env.step(np.array([-1.0]))
-    assert env.step(np.array([-1.0]))[1:] == (False, True)
+    result = env.step(np.array([-1.0]))
+    assert (result.success, result.terminated, result.truncated) == (False, False, True)
 
 
 def test_success_may_be_the_end_itself_or_another_key():

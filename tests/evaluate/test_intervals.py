@@ -46,7 +46,24 @@ def test_the_throughput_interval_is_that_of_the_mean_where_episodes_are_equally_
     spread = Z_95 * 100.0 * math.sqrt(0.25 / 400)  # at rate p there are 100 p successes an hour
     assert low == pytest.approx(50.0 - spread, abs=0.6) and high == pytest.approx(50.0 + spread, abs=0.6)
     assert throughput_interval(success, np.full(400, 36.0)) == (low, high)
-    assert throughput_interval(flags("11"), np.full(2, 36.0)) == (100.0, 100.0)
+
+
+@pytest.mark.parametrize("num_successes", [0, 1, 50])
+def test_the_throughput_interval_is_no_certainty_at_its_ends(num_successes):
+    """Equally long episodes: successes per hour are a hundred times the rate, and its bounds a hundred times Wilson's."""
+    success = np.arange(50) < num_successes
+    low, high = throughput_interval(success, np.full(50, 36.0))
+    slow, fast = wilson_interval(num_successes, 50)
+    assert low == pytest.approx(100 * (slow if num_successes == 50 else 0.0)) and high == pytest.approx(100 * fast)
+
+
+def test_the_throughput_interval_is_wider_than_wilson_s_where_lengths_differ():
+    """Failures of 100 s among successes of 10 s: another rate means another mean time as well."""
+    success = flags("10" * 50)
+    seconds = np.where(success, 10.0, 100.0)
+    low, high = throughput_interval(success, seconds)
+    slow, fast = (rate / 55.0 * 3600.0 for rate in wilson_interval(50, 100))
+    assert low < slow and high > fast
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ def episode(num_frames=10, cameras=("front", "wrist"), success=True):
     return PlayedEpisode(
         plan=EpisodePlan(4, 0, "task", "pick it up"),
         success=success,
+        terminated=True,
         states=np.zeros((num_frames, 2), np.float32),
         actions=np.zeros((num_frames, 2), np.float32),
         rewards=np.zeros(num_frames, np.float32),

@@ -6,12 +6,13 @@ from recap_ds.envs.interface import Environment, EnvSpec, StepResult
 
 
 class LineWorld(Environment):
-    """Seed s starts at -s / 10. Task "stuck" does not move under actions below 0.5. Its picture shows the frame."""
+    """Seed s starts at -s / 10. Task "stuck" does not move under actions below 0.5;
+    "wall" ends at frame 4. Its picture shows the frame."""
 
     def __init__(self, max_steps: int = 12) -> None:
         self.spec = EnvSpec(
             name="line",
-            tasks={"go": "go right", "stuck": "pull hard", "fall": "do not fall"},
+            tasks={"go": "go right", "stuck": "pull hard", "fall": "do not fall", "wall": "go"},
             cameras=("eye",),
             image_size=4,
             state_dim=1,
@@ -32,7 +33,13 @@ class LineWorld(Environment):
         if self.task != "stuck" or action[0] >= 0.5:
             self.place += 0.2 * float(action[0])
         success = self.place >= 0.999
-        return StepResult(self.place, success, terminated=success or (self.task == "fall" and self.place < -0.5))
+        fallen = self.task == "fall" and self.place < -0.5
+        return StepResult(
+            self.place,
+            success,
+            terminated=success or fallen,
+            truncated=self.task == "wall" and self.frame == 4,
+        )
 
     def state(self) -> np.ndarray:
         return np.array([self.place], np.float32)

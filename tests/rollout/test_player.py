@@ -34,7 +34,7 @@ def play_out(player, plan, actions, value=None):
 
 def test_success_ends_an_episode_in_the_middle_of_a_chunk():
     played, looks = play_out(player(), plan(), chunk(1.0, 1.0, 1.0))
-    assert played.success and played.num_frames == 5 and looks == [0, 3]
+    assert played.outcome == "success" and played.num_frames == 5 and looks == [0, 3]
     np.testing.assert_allclose(played.states[:, 0], [0, 0.2, 0.4, 0.6, 0.8], atol=1e-6)
     np.testing.assert_allclose(played.rewards, [0.2, 0.4, 0.6, 0.8, 1.0], atol=1e-6)
     assert not played.expert.any() and played.pictures is None
@@ -42,9 +42,14 @@ def test_success_ends_an_episode_in_the_middle_of_a_chunk():
 
 def test_the_world_or_the_clock_ends_a_failure():
     fallen, _ = play_out(player(), plan("fall"), chunk(-1.0))
-    assert not fallen.success and fallen.num_frames == 3
+    assert fallen.outcome == "failure" and fallen.num_frames == 3
     late, looks = play_out(player(max_steps=7), plan(), chunk(0.1, 0.1, 0.1))
-    assert not late.success and late.num_frames == 7 and looks == [0, 3, 6]
+    assert late.outcome == "truncated" and late.num_frames == 7 and looks == [0, 3, 6]
+    # Both at once: the task has ended.
+    assert play_out(player(max_steps=3), plan("fall"), chunk(-1.0))[0].outcome == "failure"
+    # A world with a limit of its own.
+    closed, _ = play_out(player(), plan("wall"), chunk(0.5))
+    assert closed.outcome == "truncated" and closed.num_frames == 4
 
 
 def test_recorded_actions_are_those_the_world_was_given():
