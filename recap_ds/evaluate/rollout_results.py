@@ -12,12 +12,14 @@ import numpy as np
 
 from recap_ds.evaluate.intervals import compare_paired, successes_per_hour, throughput_interval, wilson_interval
 from recap_ds.evaluate.rollouts import Entry, PlayedRollouts, RolloutJob
+from recap_ds.rollout.world import World
 
 EVAL_INFO_NAME = "eval_info.json"
 
 
 def summarise_rollouts(job: RolloutJob, played: PlayedRollouts) -> dict[str, Any]:
-    spec, evaluation, records = job.world.spec, job.evaluation, played.records
+    spec, evaluation, records = job.spec, job.evaluation, played.records
+    sights = [contestant.world for contestant in job.contestants for _ in contestant.entries]
     by_entry = [[r for r in records if r["entry"] == number] for number in range(len(job.entries))]
     return {
         "env": spec.name,
@@ -28,15 +30,17 @@ def summarise_rollouts(job: RolloutJob, played: PlayedRollouts) -> dict[str, Any
         "executed_frames": evaluation.executed_frames or job.config.chunk_size,
         "wall_seconds": played.wall_seconds,
         "entries": [
-            _entry(entry, of_entry, by_entry[0] if number else None, spec.fps)
-            for number, (entry, of_entry) in enumerate(zip(job.entries, by_entry, strict=True))
+            _entry(entry, sight, of_entry, by_entry[0] if number else None)
+            for number, (entry, sight, of_entry) in enumerate(zip(job.entries, sights, by_entry, strict=True))
         ],
     }
 
 
 def _entry(
-    entry: Entry, records: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]] | None, fps: float
+    entry: Entry, sight: World, records: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]] | None
 ) -> dict[str, Any]:
+    """``sight``: the world as the entry's policy sees it."""
+    fps = sight.spec.fps
     tasks = list(dict.fromkeys(record["task"] for record in records))
     figures = rollout_figures(records, fps)
     per_task = {task: rollout_figures([r for r in records if r["task"] == task], fps) for task in tasks}
@@ -48,6 +52,8 @@ def _entry(
         "checkpoint": entry.checkpoint,
         "indicator": entry.arm.indicator,
         "guidance_beta": entry.arm.guidance_beta,
+        "image_size": sight.spec.image_size,
+        "prompts": {task: known.prompt for task, known in sight.tasks.items()},
         **figures,
         "paired_with_first_entry": paired,
         "tasks": per_task,

@@ -30,7 +30,6 @@ def root(tmp_path_factory) -> Path:
     save_policy(folder / "policy", seed=1, stage="policy")
     save_policy(folder / "critic", stage="critic")
     save_policy(folder / "hand", cameras=("hand",))
-    save_policy(folder / "wrist", cameras=("top", "wrist"))
     return folder
 
 
@@ -89,7 +88,7 @@ def test_films_have_every_frame_and_their_names_are_in_the_record(played):
     assert films[1, 0]["video"] == "videos/entry1_positive_beta3_episode0000.mp4"
     with av.open(str(folder / films[0, 0]["video"])) as container:
         num_frames = sum(1 for _ in container.decode(video=0))
-    held = round(job.world.spec.fps)
+    held = round(job.spec.fps)
     assert num_frames == films[0, 0]["frames"] - 1 + held
 
 
@@ -138,7 +137,7 @@ def test_ways_to_act_are_every_indicator_with_every_guidance():
 
 def test_seeds_and_tasks_follow_from_the_episode(root):
     job = open_job(root, "evaluation.rollout_seed=50", "evaluation.num_videos=2")
-    plans = make_plans(job, [0, 1])
+    plans = make_plans(job, job.contestants[0]._replace(entries=[0, 1]))
     assert [plan.seed for plan in plans] == [*range(50, 57)] * 2
     assert [plan.task for plan in plans[:3]] == ["reach_red", "reach_blue", "reach_red"]
     assert [plan.keeps_pictures for plan in plans] == ([True, True] + [False] * 5) * 2
@@ -151,11 +150,32 @@ def test_there_are_never_more_environments_than_rows():
     assert count_workers(evaluation, local_world=10**6) == 1
 
 
-def test_two_policies_must_look_through_the_same_cameras(root):
-    other = Checkpoint("wrist", root / "wrist")
-    assert len(open_job(root, name="wrist", other=Checkpoint("joint", root / "joint")).entries) == 2
-    with pytest.raises(UsageError, match="--compare wrist: looks through 'wrist', which --checkpoint does not"):
-        open_job(root, other=other)
+def test_each_of_two_policies_sees_and_is_told_what_it_was_trained_on(root, tmp_path, capsys):
+    """What the second one does beside the first is what it does alone, to the last bit."""
+    save_policy(root / "other", cameras=("top", "wrist"), prompts={"reach_red": "go to red"}, image_size=24)
+    other = Checkpoint("other", root / "other")
+    job = open_job(root, other=other, num_episodes=3)
+    assert [contestant.world.settings.cameras for contestant in job.contestants] == [("top",), ("top", "wrist")]
+    assert make_plans(job, job.contestants[1])[0].prompt == "go to red"
+    assert capsys.readouterr().err == (
+        "note: --compare other: the policy was never told 'move to the blue target'; if its words are others: "
+        "env.prompts.reach_blue=WORDS\n"
+    )
+    played = play_rollouts(job, ALONE, tmp_path)
+    alone = play_rollouts(open_job(root, name="other", num_episodes=3), ALONE, tmp_path)
+    assert played.records[3:] == [{**record, "entry": 1} for record in alone.records]
+    assert played.records[0]["actions_crc32"] != played.records[3]["actions_crc32"]
+    first, second = summarise_rollouts(job, played)["entries"]
+    assert (first["image_size"], second["image_size"]) == (job.config.model.image_size, 24)
+    assert first["prompts"]["reach_red"] == "move to the red target" and second["prompts"]["reach_red"] == "go to red"
+    assert [e["seed"] for e in first["episodes"]] == [e["seed"] for e in second["episodes"]]
+
+
+def test_two_policies_must_be_able_to_share_episodes(root):
+    save_policy(root / "slow", env={"max_steps": 30})
+    with pytest.raises(UsageError, match=r"^--compare slow: its env.max_steps is 30, that of --checkpoint 12, so"):
+        open_job(root, other=Checkpoint("slow", root / "slow"))
+    assert open_job(root, "env.max_steps=20", other=Checkpoint("slow", root / "slow")).spec.max_steps == 20
     with pytest.raises(UsageError, match=r"--compare .*critic: holds a critic"):
         open_job(root, other=Checkpoint("critic", root / "critic"))
 
@@ -182,8 +202,8 @@ def test_what_does_not_fit_ends_in_one_line(root, overrides, options, said):
 
 
 def test_a_critic_of_its_own_may_judge_and_others_are_refused(root):
-    assert open_job(root, name="policy", critic=root / "critic").actors[0][0]._judge is not None
-    assert open_job(root, name="policy").actors[0][0]._judge is None
+    assert open_job(root, name="policy", critic=root / "critic").contestants[0].actor._judge is not None
+    assert open_job(root, name="policy").contestants[0].actor._judge is None
     for name, said in (("policy", "holds no critic"), ("hand", "looks through 'hand'")):
         with pytest.raises(UsageError, match=said):
             open_job(root, name="policy", critic=root / name)

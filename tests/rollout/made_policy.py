@@ -14,7 +14,15 @@ from tests.tiny import tiny_config, wake
 EVALUATION = {"rollout_batch_size": 4, "num_videos": 0, "num_envs": 1}
 
 
-def save_policy(folder: Path, seed: int = 0, stage: str = "joint", cameras: tuple[str, ...] = ("top",), **overrides):
+def save_policy(
+    folder: Path,
+    seed: int = 0,
+    stage: str = "joint",
+    cameras: tuple[str, ...] = ("top",),
+    prompts: dict = PROMPTS,
+    image_size: int | None = None,
+    **overrides,
+):
     """``folder``. Actions of some size, so that episodes differ: 0.7 of a full step is one standard deviation."""
     sections = {"evaluation": EVALUATION, "env": {"max_steps": 12}, **overrides}
     value = {"critic": "distributional"} if stage == "critic" else {}
@@ -26,11 +34,11 @@ def save_policy(folder: Path, seed: int = 0, stage: str = "joint", cameras: tupl
     actions = Affine(np.zeros(2, np.float32), np.full(2, 0.7, np.float32), config.max_action_dim)
     contract = RobotContract(
         cameras=cameras,
-        image_size=config.model.image_size,
+        image_size=image_size or config.model.image_size,
         state_dim=4,
         action_dim=2,
         fps=FPS,
-        tasks={task: TaskContract(prompt=prompt, max_length=MAX_STEPS) for task, prompt in PROMPTS.items()},
+        tasks={task: TaskContract(prompt=prompt, max_length=MAX_STEPS) for task, prompt in prompts.items()},
         normalizer=Normalizer("mean_std", state, actions).to_dict(),
         manifest_hash="0" * 64,
     )
