@@ -82,7 +82,7 @@ class Journal:
         final = self._path(label.dataset, label.index)
         work = final.with_name(f"{final.name}.tmp")
         work.mkdir()
-        record = {**label._asdict(), "success": played.success, "cameras": sorted(played.pictures)}
+        record = {**label._asdict(), "outcome": played.outcome, "cameras": sorted(played.pictures)}
         (work / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         np.savez(
             work / ARRAYS_NAME,
@@ -114,7 +114,7 @@ class Journal:
 
 def _read(folder: Path) -> Episode:
     record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-    success, cameras = record.pop("success"), tuple(record.pop("cameras"))
+    outcome, cameras = record.pop("outcome"), tuple(record.pop("cameras"))
     label = Label(**record)
     with np.load(folder / ARRAYS_NAME) as arrays:
         return Episode(
@@ -122,8 +122,7 @@ def _read(folder: Path) -> Episode:
             task=label.task,
             prompt=label.prompt,
             source=label.source,
-            # Running out of time is how most attempts fail, and counts as that.
-            outcome="success" if success else "failure",
+            outcome=outcome,
             fps=label.fps,
             states=arrays["states"],
             actions=arrays["actions"],

@@ -1,9 +1,9 @@
 """Rollout evaluation: a policy plays episodes of an environment, spread over ranks and environment processes.
 
 Episode n has the seed ``evaluation.rollout_seed`` + n and its own noise, whatever indicator, guidance or checkpoint
-acts: they are compared pair by pair. A second checkpoint is told its own words and shown pictures of its own size through
-its own cameras; the scene, the clock and what counts as success are the same. Where an episode was played cannot be seen in its result (in float32, on one kind
-of device).
+acts: they are compared pair by pair. A second checkpoint is told its own words and sees through its own cameras, in
+pictures of its own size; the scene, the clock and what counts as success are the same. Where an episode was played
+cannot be seen in its result (in float32, on one kind of device).
 """
 
 import itertools

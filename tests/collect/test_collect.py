@@ -101,7 +101,8 @@ def test_every_frame_is_there_and_replays(collected):
             result = world.step(arrays["actions"][0])
             assert arrays["rewards"][0] == result.reward
             assert record["episode_length"] == len(frames) and record["fps"] == 10.0
-        assert record["outcome"] == ("success" if result.success else "failure")
+        # What running out of time counts as is for the trainer to say.
+        assert record["outcome"] == ("success" if result.success else "truncated")
         assert result.success or len(frames) == 25
         assert record["task"] == ("reach_red", "reach_blue")[index % 2]
 

@@ -50,7 +50,7 @@ def test_the_throughput_interval_is_that_of_the_mean_where_episodes_are_equally_
 
 @pytest.mark.parametrize("num_successes", [0, 1, 50])
 def test_the_throughput_interval_is_no_certainty_at_its_ends(num_successes):
-    """Equally long episodes: successes per hour are a hundred times the rate, and its bounds a hundred times Wilson's."""
+    """Equally long episodes: successes per hour are a hundred times the rate, its bounds a hundred times Wilson's."""
     success = np.arange(50) < num_successes
     low, high = throughput_interval(success, np.full(50, 36.0))
     slow, fast = wilson_interval(num_successes, 50)
