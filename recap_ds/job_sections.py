@@ -81,7 +81,7 @@ class EnvConfig(Section):
     cameras: dict[str, str] | None = None
     # Side of the pictures in pixels: that of the shards the policy learned from. None is model.image_size.
     image_size: int | None = Field(None, ge=16, le=2048)
-    # Frames after which an episode is out of time (what that counts as: value.timeout_is); None is the environment's own.
+    # Frames after which an episode is out of time (counted by value.timeout_is); None is the environment's own limit.
     max_steps: int | None = Field(None, ge=1)
     # Meta-World: meshes of more faces are not drawn (1500 leaves gripper and objects); much faster without a GPU.
     max_mesh_faces: int | None = Field(None, ge=1)
