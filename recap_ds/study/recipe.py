@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recap_ds.config import PiStarRECAPConfig
+from recap_ds.data.label_records import LabelSettings
 from recap_ds.errors import UsageError
 from recap_ds.recipe import load_config, read_recipe
 
@@ -86,6 +87,7 @@ class Arm(_Part):
     guidance_betas: tuple[float, ...] = Field((1.0,), min_length=1)
     seeds: tuple[int, ...] | None = None  # None: the study's
     after: Round | None = None
+    policy_of: str | None = None  # an arm whose policy this one judges, under other guidances: nothing is trained
 
 
 class Unit(NamedTuple):
@@ -105,6 +107,7 @@ class StudyRecipe(_Part):
     data: Collection
     pretrain: Job
     critic: Job
+    critic_seed: int | None = Field(None, ge=0)  # of the one critic of all seeds; None: every seed trains its own
     label_settings: tuple[str, ...] = ()
     policy: Job
     joint: Job | None = None
@@ -123,6 +126,8 @@ class StudyRecipe(_Part):
                 raise ValueError(f"arms.{name}.after.by: there is no arm '{arm.after.by}'")
             if arm.after is not None and not set(self.seeds_of(name)) <= set(self.seeds_of(arm.after.by)):
                 raise ValueError(f"arms.{name}.seeds: '{arm.after.by}', which collects for it, has not all of them")
+            if arm.policy_of is not None and arm.policy_of not in self.arms:
+                raise ValueError(f"arms.{name}.policy_of: there is no arm '{arm.policy_of}'")
             if arm.after is not None and self.arms[arm.after.by].after is not None:
                 raise ValueError(f"arms.{name}.after.by: '{arm.after.by}' comes after another arm itself")
         return self
@@ -141,6 +146,12 @@ class StudyRecipe(_Part):
     def critic_config(self) -> PiStarRECAPConfig:
         return load_config(self.critic.recipe, [*self.critic.settings, "training.stage=critic", *self.label_settings])
 
+    def labels_wanted(self, arm: Arm) -> LabelSettings:
+        """What the labels of an arm must have been made with."""
+        config = load_config(self.critic.recipe, [*self.critic.settings, *self.label_settings, *arm.labels])
+        fraction, demos = config.recap.positive_fraction, config.recap.demos
+        return LabelSettings(label=config.label, positive_fraction=fraction, demos=demos)
+
     def policy_config(self, arm: Arm) -> PiStarRECAPConfig:
         """Of the training whose policy is judged."""
         job = self.policy_job(arm)
@@ -158,6 +169,7 @@ class StudyRecipe(_Part):
             "env": self.env,
             "env_settings": sorted(self.env_settings),
             "data": self.data.model_dump(mode="json"),
+            "critic_seed": self.critic_seed,
             "label_settings": sorted(self.label_settings),
             "evaluation": self.evaluation.model_dump(mode="json"),
             "pretrain": _facts(self.pretrain_config()),
@@ -227,9 +239,9 @@ def _check_arm(recipe: StudyRecipe, name: str) -> None:
     config = recipe.policy_config(arm)
     if arm.method != "recap":
         return
-    labels = load_config(recipe.critic.recipe, [*recipe.critic.settings, *recipe.label_settings, *arm.labels])
-    if labels.recap.demos != config.recap.demos:
-        raise UsageError(f"recap.demos is {labels.recap.demos} for the labels and {config.recap.demos} for the policy")
+    labels = recipe.labels_wanted(arm)
+    if labels.demos != config.recap.demos:
+        raise UsageError(f"recap.demos is {labels.demos} for the labels and {config.recap.demos} for the policy")
 
 
 def _explain(error: ValidationError) -> str:

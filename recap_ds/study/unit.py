@@ -2,12 +2,12 @@
 
     OUT/data  data.json                          the collected shards; the second file says that they are whole
     OUT/pretrain                                 the run that every other one begins with
-    OUT/seed0/critic                             the critic of the seed, and of all its arms that read labels
+    OUT/critic0/critic                           the critic of the seed, and of all its arms that read labels
     OUT/ARM-seed0/policy  evaluation_results.json  log.txt
     OUT/ARM-seed0/collected  data  critic        of an arm that comes after another: its own round of data
 
 A job is done when its own summary, labels or results are there, so whatever ends a study, the next start finds out by
-looking. Labels lie beside the shards they are of, under seed0 (the critic's) or ARM-seed0 (of other settings).
+looking. Labels lie beside the shards they are of, under critic0 (the critic's) or ARM-seed0 (of other settings).
 """
 
 import json
@@ -52,21 +52,40 @@ class UnitRunner:
     def run(self, unit: Unit) -> UnitResult:
         arm, folder = self._recipe.arms[unit.arm], self._out / unit.name
         log, seconds, notes = folder / "log.txt", {}, {}
-        shards, critic_home = self._out / "data", self._out / f"seed{unit.seed}"
+        if arm.policy_of is None:
+            policy = folder / "policy"
+            notes = self._learn(unit, arm, folder, log, seconds)
+        else:
+            policy = self._trained(unit, arm.policy_of)
+        results, seconds["evaluation"] = self._evaluate(unit, arm, policy, folder, log)
+        return _result(unit, results, notes, {name: round(value, 1) for name, value in seconds.items()})
+
+    def _learn(self, unit: Unit, arm: Arm, folder: Path, log: Path, seconds: dict[str, float]) -> dict[str, Any]:
+        """The arm's policy; what there is to note of its critic and labels."""
+        shards, seed = self._out / "data", self._recipe.critic_seed
+        seed = unit.seed if seed is None else seed
+        critic_home, tag, notes = self._out / f"critic{seed}", "", {}
         if arm.after is not None:
             shards, critic_home = self._next_round(unit, arm, folder, log), folder
-        tag = ""
         if arm.method == "recap":
-            critic, tag = self._labels(unit, arm, shards, critic_home, seconds)
+            critic, tag = self._labels(unit, arm, shards, critic_home, seed, seconds)
             record = load_label_record(shards, tag)
             assert record is not None, "the label job left its record"
+            if record.settings != self._recipe.labels_wanted(arm):
+                raise UsageError(f"{labels_folder(shards, tag)}: holds labels of other settings; remove it")
             notes = {"critic": critic, "labels": {name: task.model_dump() for name, task in record.tasks.items()}}
         job = self._recipe.policy_job(arm)
         job = Job(recipe=job.recipe, settings=(*job.settings, *arm.settings))
         own = [*stage_settings(arm, tag), f"training.seed={unit.seed}", f"training.start_from={self._out / 'pretrain'}"]
         _, seconds["policy"] = self._train("policy", folder, job, shards, own, log)
-        results, seconds["evaluation"] = self._evaluate(unit, arm, folder, log)
-        return _result(unit, results, notes, {name: round(value, 1) for name, value in seconds.items()})
+        return notes
+
+    def _trained(self, unit: Unit, arm: str) -> Path:
+        """The policy of another arm under the same seed."""
+        policy = self._out / Unit(arm, unit.seed).name / "policy"
+        if _summary(policy) is None:
+            raise RunFailed(f"{unit.name}: {policy}, which it needs, is not trained; run its arm first")
+        return policy
 
     def _collect(self, out: Path, wanted: Collection, name: str, log: Path, *acting: str) -> None:
         whole, facts = out.with_suffix(".json"), wanted.model_dump(mode="json")
@@ -84,9 +103,7 @@ class UnitRunner:
         assert arm.after is not None
         data, collected = folder / "data", folder / "collected"
         if not (data / MANIFEST_NAME).is_file():
-            policy = self._out / Unit(arm.after.by, unit.seed).name / "policy"
-            if _summary(policy) is None:
-                raise RunFailed(f"{unit.name}: {policy}, which collects for it, is not trained; run its arm first")
+            policy = self._trained(unit, arm.after.by)
             acting = ["--checkpoint", str(policy), "--seed", str(unit.seed)]
             acting += ["evaluation.indicators=[positive]", f"evaluation.guidance_betas=[{arm.after.guidance_beta}]"]
             self._collect(collected, arm.after.collect, f"{DATA_NAME}_{arm.after.by}", log, *acting)
@@ -94,12 +111,12 @@ class UnitRunner:
         return data
 
     def _labels(
-        self, unit: Unit, arm: Arm, shards: Path, home: Path, seconds: dict[str, float]
+        self, unit: Unit, arm: Arm, shards: Path, home: Path, seed: int, seconds: dict[str, float]
     ) -> tuple[dict[str, Any], str]:
         """The critic's held-out figures, and the tag of the arm's labels."""
-        recipe, tag, log = self._recipe, f"seed{unit.seed}", home / "critic.log"
+        recipe, tag, log = self._recipe, f"critic{seed}", home / "critic.log"
         with self._locks[home]:
-            own = ["training.stage=critic", f"training.seed={unit.seed}"]
+            own = ["training.stage=critic", f"training.seed={seed}"]
             own.append(f"training.start_from={self._out / 'pretrain'}")
             summary, seconds["critic"] = self._train("critic", home, recipe.critic, shards, own, log)
             if not (labels_folder(shards, tag) / LABELS_NAME).is_file():
@@ -128,11 +145,11 @@ class UnitRunner:
             raise RunFailed(f"{run}: training ended well but left no summary")
         return summary, seconds
 
-    def _evaluate(self, unit: Unit, arm: Arm, folder: Path, log: Path) -> tuple[dict[str, Any], float]:
+    def _evaluate(self, unit: Unit, arm: Arm, policy: Path, folder: Path, log: Path) -> tuple[dict[str, Any], float]:
         recipe, out, seconds = self._recipe, folder / "evaluation_results.json", 0.0
         if not out.is_file():
             betas = ",".join(map(str, arm.guidance_betas))
-            words = ["--checkpoint", str(folder / "policy"), "--env", recipe.env, "--out", str(out)]
+            words = ["--checkpoint", str(policy), "--env", recipe.env, "--out", str(out)]
             words += ["--episodes", str(recipe.evaluation.episodes), *recipe.env_settings, *recipe.evaluation.settings]
             words += ["evaluation.indicators=[positive]", f"evaluation.guidance_betas=[{betas}]"]
             seconds = self._crew.script(f"{unit.name}: evaluation", log, "evaluate.py", *words)
