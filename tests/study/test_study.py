@@ -126,6 +126,25 @@ def test_a_policy_is_told_its_arm_and_seed(desk):
     assert evaluate[-2:] == ["evaluation.indicators=[positive]", "evaluation.guidance_betas=[1.0,2.0]"]
 
 
+def test_an_arm_may_judge_the_policy_of_another_under_other_guidances(desk, capsys):
+    desk.values["seeds"] = [0]
+    desk.values["arms"] = {
+        "plain": {"method": "imitation"},
+        "strong": {"method": "imitation", "policy_of": "plain", "guidance_betas": [3.0]},
+    }
+    assert desk.study() == 0
+    assert desk.jobs() == ["pretrain toy", *unit_jobs("plain-seed0"), "evaluate strong-seed0"]
+    assert "| strong | 3 |" in capsys.readouterr().out
+    desk.results.unlink()
+    desk.values["arms"] = {"strong": desk.values["arms"]["strong"], "plain": desk.values["arms"]["plain"]}
+    (desk.out / "plain-seed0" / "policy" / "summary.json").unlink()
+    assert desk.study() == 1
+    assert (
+        "strong-seed0: studies/toy/plain-seed0/policy, which it needs, is not trained; run its arm first"
+        in one_line(capsys)
+    )
+
+
 def test_a_unit_that_failed_in_the_middle_goes_on_with_the_job_that_failed(desk, capsys):
     Path("fail").write_text("studies/toy/plain-seed1/policy")
     assert desk.study() == 1
@@ -206,6 +225,7 @@ def test_an_evaluation_of_other_episodes_is_not_taken_for_this_one(desk, capsys)
         ({"evaluation": {"episodes": 0}}, "evaluation.episodes: "),
         ({"arms": {"a": {"method": "joint"}}}, "arms.a: method joint needs 'joint'"),
         ({"arms": {"a": {"method": "imitation", "labels": ["x=1"]}}}, "arms.a.labels: only method recap reads labels"),
+        ({"arms": {"a": {"method": "imitation", "policy_of": "b"}}}, "arms.a.policy_of: there is no arm 'b'"),
         (
             {"arms": {"a": {"method": "recap", "after": {"by": "b", "collect": {"episodes": 1}}}}},
             "arms.a.after.by: there is no arm 'b'",

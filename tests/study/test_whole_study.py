@@ -43,6 +43,7 @@ def test_recap_from_the_collection_to_the_table(tmp_path, monkeypatch, capsys):
         "data": {"episodes": 4, "corrections": 2, "demos": 2, "settings": ["collect.stall_frames=3", "chunk_size=4"]},
         "pretrain": {"recipe": "policy.yaml", "settings": ["model.freeze_vlm=false"]},
         "critic": {"recipe": "critic.yaml"},
+        "critic_seed": 9,
         "label_settings": ["label.lookahead=4"],
         "policy": {"recipe": "policy.yaml"},
         "evaluation": {"episodes": 2, "settings": ["evaluation.num_videos=0", "evaluation.num_envs=1"]},
@@ -63,3 +64,9 @@ def test_recap_from_the_collection_to_the_table(tmp_path, monkeypatch, capsys):
     assert set(unit["notes"]["labels"]) == {"reach_red", "reach_blue"}
     assert any(key.endswith("rank_correlation") for key in unit["notes"]["critic"])
     assert sum(line.startswith("| recap |") for line in said.out.splitlines()) == 2
+    assert (tmp_path / "studies" / "toy" / "critic9" / "critic" / "summary.json").is_file()
+    # The same runs under another recipe: what lies there is not taken for what is asked.
+    (tmp_path / "study.json").unlink()
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(recipe | {"label_settings": ["label.lookahead=8"]}))
+    assert main(["study", "--config", "study.yaml", "--programs", str(REPOSITORY / "launch")]) == 2
+    assert "labels/critic9: holds labels of other settings; remove it" in capsys.readouterr().err
