@@ -18,7 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--results", type=Path, metavar="JSON", help="default: beside RECIPE, under its name")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of data and runs (default: studies/<its name>)")
     parser.add_argument("--jobs", type=count, default=1, metavar="N", help="units side by side (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="only print what the results file holds")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing: table, page and picture of what the results file holds"
+    )
     parser.add_argument(
         "--programs", type=Path, default=Path("launch"), metavar="FOLDER", help="launch scripts (default: %(default)s)"
     )
@@ -26,7 +28,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from recap_ds.report.build import write_report
     from recap_ds.study.driver import run_study  # with torch, which takes a second
+    from recap_ds.study.page import study_page, study_picture
     from recap_ds.study.recipe import load_study_recipe
     from recap_ds.study.results import StudyResults
     from recap_ds.study.table import study_table
@@ -34,8 +38,16 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_study_recipe(args.config)
     path = args.results or args.config.with_suffix(".json")
     results = StudyResults.open(path, recipe)
+    out = args.out or Path("studies") / recipe.name
     if not args.table:
-        run_study(recipe, args.out or Path("studies") / recipe.name, results, args.programs, args.jobs)
+        run_study(recipe, out, results, args.programs, args.jobs)
+    if results.units:
+        for written, text in (
+            (out / "report.html", study_page(recipe, results)),
+            (path.with_suffix(".svg"), study_picture(recipe, results)),
+        ):
+            write_report(written, text)
+            print(f"written: {written}")
     missing = [unit.name for unit in recipe.units() if not results.has(unit)]
     print(study_table(recipe, results) or f"{path}: no unit is done")
     if missing:

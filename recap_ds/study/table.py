@@ -1,4 +1,4 @@
-"""What a study came to, as Markdown: an arm's units together, every seed by itself, and the first arm beside others.
+"""What a study came to, row by row: an arm's units together, every seed by itself, and the first arm beside others.
 
 Intervals are of 95 %: Wilson's over all episodes of all seeds, and percentiles of episodes drawn again for the
 throughput, where Wilson's at the mean time are no wider. They speak of episodes: how much a seed of training matters is
@@ -14,8 +14,6 @@ from recap_ds.evaluate.intervals import compare_paired, successes_per_hour, thro
 from recap_ds.study.recipe import StudyRecipe
 from recap_ds.study.results import Episodes, StudyResults, UnitResult
 
-HEADER = ("arm", "guidance", "{tasks}", "all", "by seed", "successes per hour", "against {first}")
-
 
 class Pooled(NamedTuple):
     """An arm under one guidance: its units in the order of their seeds."""
@@ -28,6 +26,13 @@ class Pooled(NamedTuple):
     def episodes(self, tasks: Iterable[str]) -> Episodes:
         parts = [unit.entries[self.entry].tasks[task] for unit in self.units for task in tasks]
         return Episodes([s for part in parts for s in part.success], [n for part in parts for n in part.num_frames])
+
+    def by_seed(self) -> list["Pooled"]:
+        return [self._replace(units=[unit]) for unit in self.units]
+
+    def unit_has_more(self) -> bool:
+        """True = the arm was judged under several guidances."""
+        return len(self.units[0].entries) > 1
 
 
 def pool(recipe: StudyRecipe, results: StudyResults) -> list[Pooled]:
@@ -45,49 +50,58 @@ def study_table(recipe: StudyRecipe, results: StudyResults) -> str:
     rows = pool(recipe, results)
     if not rows:
         return ""
+    header, *lines = study_rows(rows)
+    return "\n".join(_line(cells) for cells in (header, ["---"] * len(header), *lines))
+
+
+def study_rows(rows: Sequence[Pooled]) -> list[list[str]]:
+    """The titles, then a row of text for each of ``rows``."""
     first, tasks = rows[0], list(rows[0].units[0].entries[0].tasks)
-    titles = [title for name in HEADER for title in (tasks if name == "{tasks}" else [name.format(first=first.arm)])]
-    lines = [_line(titles), _line(["---"] * len(titles))]
-    return "\n".join([*lines, *(_line(_cells(row, first, tasks)) for row in rows)])
+    titles = ["arm", "guidance", *tasks, "all", "by seed", "successes per hour", f"against {first.arm}"]
+    return [titles, *(_cells(row, first, tasks) for row in rows)]
 
 
 def _cells(row: Pooled, first: Pooled, tasks: Sequence[str]) -> list[str]:
-    everything = row.episodes(tasks)
-    by_seed = [_rate(Pooled(row.arm, row.entry, row.guidance_beta, [unit]).episodes(tasks)) for unit in row.units]
-    seconds = np.array(everything.num_frames, np.float64) / row.units[0].fps
-    success = np.array(everything.success, bool)
-    low, high = throughput_interval(success, seconds)
+    rate, low, high = throughput(row, tasks)
     return [
         row.arm,
         f"{row.guidance_beta:g}",
         *(_with_interval(row.episodes([task])) for task in tasks),
-        _with_interval(everything),
-        ", ".join(f"{rate:.2f}" for rate in by_seed),
-        f"{successes_per_hour(success, seconds):.0f} [{low:.0f}, {high:.0f}]",
+        _with_interval(row.episodes(tasks)),
+        ", ".join(f"{success_rate(one.episodes(tasks)):.2f}" for one in row.by_seed()),
+        f"{rate:.0f} [{low:.0f}, {high:.0f}]",
         "" if row is first else _against(row, first, tasks),
     ]
+
+
+def throughput(row: Pooled, tasks: Sequence[str]) -> tuple[float, float, float]:
+    """Successes per hour, and between what they lie."""
+    episodes = row.episodes(tasks)
+    seconds = np.array(episodes.num_frames, np.float64) / row.units[0].fps
+    success = np.array(episodes.success, bool)
+    return successes_per_hour(success, seconds), *throughput_interval(success, seconds)
 
 
 def _against(row: Pooled, first: Pooled, tasks: Sequence[str]) -> str:
     """The same scenes under the same seeds, episode by episode."""
     seeds = {unit.unit.seed for unit in row.units} & {unit.unit.seed for unit in first.units}
+    if not seeds:
+        return "no seed in common"
     mine, other = (
         np.array(part._replace(units=[u for u in part.units if u.unit.seed in seeds]).episodes(tasks).success, bool)
         for part in (row, first)
     )
-    if not seeds:
-        return "no seed in common"
     paired = compare_paired(mine, other)
     return f"{paired.only_this} won, {paired.only_reference} lost, p = {paired.p_value:.2g}"
 
 
-def _rate(episodes: Episodes) -> float:
+def success_rate(episodes: Episodes) -> float:
     return sum(episodes.success) / len(episodes.success)
 
 
 def _with_interval(episodes: Episodes) -> str:
     low, high = wilson_interval(sum(episodes.success), len(episodes.success))
-    return f"{_rate(episodes):.2f} [{low:.2f}, {high:.2f}]"
+    return f"{success_rate(episodes):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -102,6 +103,15 @@ def test_every_unit_runs_once_and_a_longer_recipe_goes_on(desk, capsys):
     assert desk.study("--jobs", "2") == 0
     assert desk.jobs() == unit_jobs("plain-seed2")
     assert len(json.loads(desk.results.read_text())["units"]) == 4
+    page = (desk.out / "report.html").read_text()
+    assert (
+        "guided, guidance 2 succeeds in 0.50 [0.22, 0.78] of 8 episodes, not clearly otherwise than plain with 0.50 "
+        "[0.31, 0.69]."
+    ) in page
+    assert "Success rate: a" in page and "Not run yet" not in page
+    picture = ElementTree.parse(desk.results.with_suffix(".svg")).getroot()
+    (words,) = picture.attrib["aria-label"].split(". plain: ")[1:]
+    assert words.startswith("12 of 24 0.50, 95 % between 0.31 and 0.69. guided, guidance 1: 4 of 8")
 
 
 def test_a_policy_is_told_its_arm_and_seed(desk):

@@ -1,0 +1,105 @@
+"""A study as a page, and its success rates as a picture of its own, for a README.
+
+Whiskers are 95 % intervals over the episodes of all seeds together, rings are single seeds.
+"""
+
+from collections.abc import Sequence
+
+from recap_ds import __version__
+from recap_ds.evaluate.intervals import wilson_interval
+from recap_ds.report.interval_chart import Interval, interval_chart
+from recap_ds.report.page import Chapter, grid, paragraph, table, whole_page
+from recap_ds.report.page_style import style_sheet
+from recap_ds.report.svg import number
+from recap_ds.study.recipe import StudyRecipe
+from recap_ds.study.results import StudyResults
+from recap_ds.study.table import Pooled, pool, study_rows, success_rate, throughput
+
+PICTURE_TITLE = "Success rate"
+
+
+def study_page(recipe: StudyRecipe, results: StudyResults) -> str:
+    """HTML that needs nothing else."""
+    rows = pool(recipe, results)
+    header, *lines = study_rows(rows)
+    tasks = list(rows[0].units[0].entries[0].tasks)
+    charts = [success_chart(rows, tasks, PICTURE_TITLE)]
+    charts += [success_chart(rows, [task], f"{PICTURE_TITLE}: {task}") for task in tasks if len(tasks) > 1]
+    charts.append(_throughput_chart(rows, tasks))
+    missing = [unit.name for unit in recipe.units() if not results.has(unit)]
+    chapters = [
+        Chapter("Result", "".join(paragraph(line) for line in verdicts(rows, tasks))),
+        Chapter("Success and throughput", grid(charts)),
+        Chapter("All arms", table("95 % intervals over all episodes of all seeds", header, lines)),
+        Chapter("Critic and labels", _critic_table(rows)),
+        Chapter("Not run yet", paragraph(", ".join(missing)) if missing else ""),
+    ]
+    return whole_page(f"Study {recipe.name}", f"{recipe.env}, recap_ds {__version__}", chapters)
+
+
+def study_picture(recipe: StudyRecipe, results: StudyResults) -> str:
+    """An SVG file: success over all tasks."""
+    rows = pool(recipe, results)
+    drawing = success_chart(rows, list(rows[0].units[0].entries[0].tasks), PICTURE_TITLE)
+    start, end = drawing.index("<svg"), drawing.rindex("</svg>")
+    head, _, body = drawing[start:end].partition(">")
+    background = '<rect width="100%" height="100%" style="fill:var(--card)"/>'
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style_sheet()}</style>{background}{body}</svg>\n'
+
+
+def verdicts(rows: Sequence[Pooled], tasks: Sequence[str]) -> list[str]:
+    """A sentence for every arm: how it stands to the first one."""
+    first, told = rows[0], []
+    low, high = _interval(first, tasks)
+    for row in rows[1:]:
+        below, above = _interval(row, tasks)
+        how = "more often than" if below > high else "less often than" if above < low else "not clearly otherwise than"
+        mine, other = row.episodes(tasks), first.episodes(tasks)
+        told.append(
+            f"{_name(row)} succeeds in {success_rate(mine):.2f} [{below:.2f}, {above:.2f}] of {len(mine.success)} "
+            f"episodes, {how} {first.arm} with {success_rate(other):.2f} [{low:.2f}, {high:.2f}]."
+        )
+    return told
+
+
+def success_chart(rows: Sequence[Pooled], tasks: Sequence[str], title: str) -> str:
+    intervals = []
+    for row in rows:
+        episodes, (low, high) = row.episodes(tasks), _interval(row, tasks)
+        seeds = tuple(success_rate(one.episodes(tasks)) for one in row.by_seed())
+        note = f"{sum(episodes.success)} of {len(episodes.success)}"
+        value = success_rate(episodes)
+        intervals.append(Interval(_name(row), value, low, high, note, _color(row, rows), points=seeds))
+    return interval_chart(title, intervals)
+
+
+def _throughput_chart(rows: Sequence[Pooled], tasks: Sequence[str]) -> str:
+    intervals = [Interval(_name(row), *throughput(row, tasks), color=_color(row, rows)) for row in rows]
+    return interval_chart("Successes per hour", intervals, note="the time of failures counts")
+
+
+def _critic_table(rows: Sequence[Pooled]) -> str:
+    """What of the critic and the labels may explain an arm."""
+    lines = []
+    for row in rows:
+        for unit in row.units if row.entry == 0 else ():
+            for task, told in unit.notes.get("labels", {}).items():
+                correlation = unit.notes["critic"].get("eval/value_rank_correlation")
+                shares = (told["forced_fraction"], told["positive_fraction"], correlation)
+                lines.append([f"{unit.unit.name}, {task}", *(number(share) for share in shares)])
+    header = ("unit and task", "forced positive", "of the others positive", "rank correlation of the value, held out")
+    return table("Shares of samples; the value's rank correlation is over all tasks", header, lines)
+
+
+def _interval(row: Pooled, tasks: Sequence[str]) -> tuple[float, float]:
+    episodes = row.episodes(tasks)
+    return wilson_interval(sum(episodes.success), len(episodes.success))
+
+
+def _color(row: Pooled, rows: Sequence[Pooled]) -> int:
+    """One for all guidances of an arm."""
+    return list(dict.fromkeys(each.arm for each in rows)).index(row.arm)
+
+
+def _name(row: Pooled) -> str:
+    return f"{row.arm}, guidance {row.guidance_beta:g}" if row.unit_has_more() else row.arm
