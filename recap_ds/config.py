@@ -106,6 +106,11 @@ class PiStarRECAPConfig(Section):
                 "model.stop_gradient: in stage policy nothing but the expert trains the VLM; set model.freeze_vlm=true "
                 "and lora.enabled=false, or let the expert train it"
             )
+        if self.is_told_in_words and self.recap.policy_extraction == "weighted":
+            raise ValueError(
+                "model.advantage_conditioning: text, but recap.policy_extraction=weighted trains without an indicator; "
+                "set embedding, or recap.policy_extraction=conditioned or both"
+            )
         self._check_backbone()
         if stage == "policy":
             self._check_labels()
@@ -195,6 +200,11 @@ class PiStarRECAPConfig(Section):
     def vlm_is_frozen(self) -> bool:
         """True = no gradient reaches it, not even into adapters."""
         return self.model.freeze_vlm and not self.lora.enabled
+
+    @property
+    def is_told_in_words(self) -> bool:
+        """True = the policy reads its advantage as text, which is encoded beside the prefix."""
+        return self.model.advantage_conditioning == "text" and "action_expert" in self.heads
 
     @property
     def learns_by_td(self) -> bool:

@@ -53,6 +53,9 @@ class ModelConfig(Section):
     # Of pi_joint. pi05: flow time modulates the norms; the expert is not shown the state (pi0.5 has it in the prompt).
     # pi0: flow time is mixed into the actions, the state is a token.
     pi_version: Literal["pi05", "pi0"] = "pi05"
+    # How the action expert is told the advantage. embedding: a learned vector, added to flow time's. text, of pi_joint:
+    # the words "Advantage: positive" after the prompt, which the expert sees and the prompt and the images do not.
+    advantage_conditioning: Literal["embedding", "text"] = "embedding"
     action_expert_hidden_size: int = Field(1024, ge=8)
     action_expert_num_layers: int = Field(6, ge=1)
     action_expert_num_heads: int = Field(8, ge=1)
@@ -84,6 +87,11 @@ class ModelConfig(Section):
                 raise ValueError(f"model.{names}: {width} does not divide into {heads} heads of even width")
         if self.action_expert == "pi_joint" and self.action_expert_dropout > 0:
             raise ValueError("model.action_expert_dropout: pi_joint has none, as its published weights; set 0")
+        if self.action_expert == "dit_cross" and self.advantage_conditioning == "text":
+            raise ValueError(
+                "model.advantage_conditioning: text is read in the VLM's layers, to which dit_cross does not attend; "
+                "set embedding, or model.action_expert=pi_joint"
+            )
         return self
 
 

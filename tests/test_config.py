@@ -134,6 +134,15 @@ def test_a_wrong_override_is_refused_in_one_line(override, expected):
             [*PI05_PROMPTS, "training.stage=critic", "value.critic=distributional", "value.reads_state=false"],
             "data.prompt_format: pi05 tells the state, and value.reads_state=false hides it",
         ),
+        (["model.advantage_conditioning=text"], "model.advantage_conditioning: text is read in the VLM's layers"),
+        (
+            [
+                "model.action_expert=pi_joint",
+                "model.advantage_conditioning=text",
+                "recap.policy_extraction=weighted",
+            ],
+            "model.advantage_conditioning: text, but recap.policy_extraction=weighted trains without an indicator",
+        ),
         (["data.camera_slots.base=top", "data.cameras=[top]"], "data.camera_slots: says what data.cameras says"),
         (["data.camera_slots.base=null"], "data.camera_slots: needs a camera in at least one slot"),
         (["data.camera_slots.a=top", "data.camera_slots.b=top"], "data.camera_slots: needs a camera in at least one"),

@@ -13,10 +13,13 @@ from recap_ds.config import PiStarRECAPConfig
 from recap_ds.distributed.runtime import RankInfo, Runtime
 from recap_ds.errors import UsageError
 from recap_ds.files.records import file_problems
+from recap_ds.files.tensor_reader import TensorFileReader
 from recap_ds.models.building import Builder
-from recap_ds.models.export_format import VLM_NAME, ExportRecord, head_file
+from recap_ds.models.export_format import CONFIG_NAME, VLM_NAME, ExportRecord, head_file
 from recap_ds.models.export_weights import fill_adapter, fill_from_file
+from recap_ds.models.pi_joint import INDICATOR_NAME
 from recap_ds.models.policy import PiStarRECAPPolicy
+from recap_ds.recipe import load_config
 
 KEY = "training.start_from"
 
@@ -24,6 +27,8 @@ KEY = "training.start_from"
 class StartPoint(NamedTuple):
     export: Path
     record: ExportRecord
+    # Tensors of its expert that say nothing and that the run's has no place for.
+    left_out: tuple[str, ...] = ()
 
     @property
     def vlm(self) -> Path:
@@ -38,13 +43,31 @@ def find_start(config: PiStarRECAPConfig, info: RankInfo) -> StartPoint | None:
     try:
         export = export_of(config.training.start_from, info)
         record = ExportRecord.load(export)
+        left_out = _left_out(export, record, config)
     except UsageError as error:
         raise UsageError(f"{KEY}: {error}") from None
     if record.vlm_is_plain_transformers is None:
         raise UsageError(f"{KEY}: {export} holds an adapter alone; consolidate without --adapter-only")
     if record.adapter == "separate" and not config.lora.enabled:
         raise UsageError(f"{KEY}: {export} has an adapter; set lora.enabled=true, or consolidate with --merge")
-    return StartPoint(export, record)
+    return StartPoint(export, record, left_out)
+
+
+def _left_out(export: Path, record: ExportRecord, config: PiStarRECAPConfig) -> tuple[str, ...]:
+    """The indicator's vectors, where the run tells it in words and they are zero, as in published weights."""
+    if "action_expert" not in config.heads or "action_expert" not in record.heads:
+        return ()
+    ours, theirs = config.model, load_config(export / CONFIG_NAME).model
+    if ours.action_expert != theirs.action_expert or ours.advantage_conditioning == theirs.advantage_conditioning:
+        return ()
+    if ours.advantage_conditioning == "text":
+        vectors = TensorFileReader(export / head_file("action_expert")).source(INDICATOR_NAME)
+        if not vectors.read().any():
+            return (INDICATOR_NAME,)
+    raise UsageError(
+        f"{export} has learned to be told its advantage as {theirs.advantage_conditioning}; "
+        f"set model.advantage_conditioning={theirs.advantage_conditioning}"
+    )
 
 
 def check_start(start: StartPoint, runtime: Runtime) -> None:
@@ -67,4 +90,4 @@ def _fill(start: StartPoint, policy: PiStarRECAPPolicy, builder: Builder) -> Non
     # Not the target critic: it begins as a copy of the critic, whatever that begins with (``Shadow``).
     for head in ("action_expert", "critic"):
         if head in start.record.heads and head in policy.config.heads:
-            fill_from_file(policy.get_submodule(head), start.export / head_file(head), builder)
+            fill_from_file(policy.get_submodule(head), start.export / head_file(head), builder, start.left_out)

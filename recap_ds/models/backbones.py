@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
+from recap_ds.models.advantage_words import advantage_words
 from recap_ds.models.building import Builder
 from recap_ds.models.experts import needs_keys, pi_dimensions
 from recap_ds.models.own_architecture import Rehearsal, load_architecture, rehearse, stored_name_reader
@@ -24,8 +25,10 @@ def build_vlm(config: PiStarRECAPConfig, builder: Builder, folder: str | None) -
     """``folder`` overrides where its weights are read from. Collective where ``builder`` shards."""
     if config.has_own_backbone:
         return OwnBackbone(config, builder, folder)
-    seed, with_keys = config.training.seed, needs_keys(config)
-    return VisionLanguageModel(config.model, config.lora, builder, seed, folder, with_keys)
+    words = advantage_words(config, builder, folder) if config.is_told_in_words else None
+    return VisionLanguageModel(
+        config.model, config.lora, builder, config.training.seed, folder, needs_keys(config), words
+    )
 
 
 def check_vlm(config: PiStarRECAPConfig, start: Path | None = None) -> None:

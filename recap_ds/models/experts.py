@@ -20,7 +20,8 @@ def build_expert(config: PiStarRECAPConfig, network: nn.Module) -> ActionExpert:
     model, state_dim, action_dim = config.model, config.max_state_dim, config.max_action_dim
     if model.action_expert == "dit_cross":
         return DiTCrossExpert(model, network.config.text_config.hidden_size, state_dim, action_dim)
-    return PiJointExpert(pi_dimensions(model, network.config.text_config), state_dim, action_dim)
+    dims = pi_dimensions(model, network.config.text_config)
+    return PiJointExpert(dims, state_dim, action_dim, told_in_words=config.is_told_in_words)
 
 
 def pi_dimensions(model: ModelConfig, text_config) -> PiDimensions:

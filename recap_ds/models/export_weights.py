@@ -124,10 +124,10 @@ def locate_export(export: str | Path, revision: str | None = None) -> Path:
         raise UsageError(f"{export}: is no folder and not to be had from the hub ({reason})") from None
 
 
-def fill_from_file(module: nn.Module, file: Path, builder: Builder) -> None:
-    """Every parameter of ``module`` from a safetensors file with exactly those tensors."""
+def fill_from_file(module: nn.Module, file: Path, builder: Builder, left_out: Sequence[str] = ()) -> None:
+    """Every parameter of ``module`` from a safetensors file with exactly those tensors, and ``left_out``."""
     try:
-        fill(module, _tensors(file), builder)
+        fill(module, ((name, value) for name, value in _tensors(file) if name not in left_out), builder)
     except UsageError:
         raise
     except ValueError as error:

@@ -4,11 +4,12 @@ Layer by layer its queries attend to the prefix's keys and values and to its own
 published weights fit. The prefix never attends to the expert: it was encoded before, and here only its keys and values
 arrive. Shared by both versions: rotary positions that go on where the real prefix tokens end. pi05: flow time modulates
 every norm (adaRMS) and the state is no token. pi0: flow time is mixed into the action tokens, the state is one token
-before them, which does not see them. The advantage indicator is added to the time's features and starts at zero, so
-that published weights act at first as they did. Module names are those of the published tensors.
+before them, which does not see them. The advantage comes as a vector, added to the time's features and zero at first,
+so that published weights act as they did; or in words, which the VLM has encoded beside the prefix: a draw attends to
+those of its own indicator, and its positions go on after them. Module names are those of the published tensors.
 
     B batch   F flow draws sharing a prefix   H chunk   A action dims   S suffix tokens (H, of pi0 1 + H)
-    D expert width   N heads   K key-value heads   P prefix tokens   d head dim
+    D expert width   N heads   K key-value heads   P prefix tokens   E words of all advantages   d head dim
 """
 
 from typing import NamedTuple
@@ -19,10 +20,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from recap_ds.algo.advantage import INDICATOR_IDS
+from recap_ds.models.advantage_words import read_by
 from recap_ds.models.layers import ZeroEmbedding, ZeroLinear, attend_grouped, rotary_angles, rotate, sincos_embedding
 from recap_ds.models.vlm import PrefixFeatures
 
 RMS_EPSILON = 1e-6
+INDICATOR_NAME = "indicator_in.weight"  # the one parameter that nobody has published
 
 
 class PiDimensions(NamedTuple):
@@ -39,11 +42,12 @@ class PiDimensions(NamedTuple):
 
 
 class PiContext(NamedTuple):
-    """What the expert keeps of a prefix: per layer, rotated keys and values [B, K, P, d]."""
+    """What the expert keeps of a prefix: per layer, rotated keys and values [B, K, P + E, d]."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     mask: Tensor  # [B, P] bool, True = may be attended to
+    readers: Tensor | None  # [E] int64, whose draws attend to which word; None: the advantage is no words
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -90,7 +94,7 @@ class PiAttention(nn.Module):
         self.o_proj = nn.Linear(dims.num_heads * dims.head_dim, dims.width, bias=False)
 
     def forward(self, x: Tensor, angles: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """x [B, F, S, D]; angles [B, F * S, d / 2]; prefix key, value [B, K, P, d]; mask [B, F * S, P + F * S].
+        """x [B, F, S, D]; angles [B, F * S, d / 2]; key, value [B, K, P + E, d]; mask [B, F * S, P + E + F * S].
 
         The draws of a sample line up in one row of queries, so that its prefix is not copied for each.
         """
@@ -137,10 +141,10 @@ class PiLayer(nn.Module):
 class PiJointExpert(nn.Module):
     """velocity(prefix, state, x_t, t, indicator): d x_t / d t in openpi's convention (t = 1 is noise)."""
 
-    def __init__(self, dims: PiDimensions, state_dim: int, action_dim: int):
+    def __init__(self, dims: PiDimensions, state_dim: int, action_dim: int, told_in_words: bool = False):
         super().__init__()
         width = dims.width
-        self.dims = dims
+        self.dims, self.told_in_words = dims, told_in_words
         self.activation_checkpointing = False
         self.action_in_proj = nn.Linear(action_dim, width)
         if dims.version == "pi05":
@@ -150,7 +154,8 @@ class PiJointExpert(nn.Module):
             self.state_proj = nn.Linear(state_dim, width)
             self.action_time_mlp_in = nn.Linear(2 * width, width)
             self.action_time_mlp_out = nn.Linear(width, width)
-        self.indicator_in = ZeroEmbedding(len(INDICATOR_IDS), width)
+        if not told_in_words:
+            self.indicator_in = ZeroEmbedding(len(INDICATOR_IDS), width)
         self.layers = nn.ModuleList(PiLayer(dims) for _ in range(dims.num_layers))
         self.norm = AdaRMSNorm(width) if dims.version == "pi05" else RMSNorm(width)
         self.action_out_proj = nn.Linear(width, action_dim)
@@ -158,7 +163,8 @@ class PiJointExpert(nn.Module):
     def encode_prefix(self, prefix: PrefixFeatures) -> PiContext:
         """Nothing is computed: the VLM has made keys and values already, once for all draws, steps and branches."""
         assert len(prefix.keys) == self.dims.num_layers, "the prefix was encoded without keys and values"
-        return PiContext(prefix.keys, prefix.values, prefix.mask)
+        assert self.told_in_words == (prefix.readers is not None), "expert and VLM disagree on how advantages are told"
+        return PiContext(prefix.keys, prefix.values, prefix.mask, prefix.readers)
 
     def forward(
         self, context: PiContext, state: Tensor, x_t: Tensor, time: Tensor, indicator: Tensor, valid: Tensor
@@ -170,8 +176,9 @@ class PiJointExpert(nn.Module):
         """
         num_draws, chunk_size = x_t.shape[1:3]
         x, condition = self._suffix(state, x_t, time, indicator)
-        mask = self._mask(context, valid, num_draws)
-        angles = self._angles(context, num_draws, x.shape[2])
+        read = None if context.readers is None else read_by(context.readers, indicator)
+        mask = self._mask(context, read, valid, num_draws)
+        angles = self._angles(context, read, num_draws, x.shape[2])
         for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
             arguments = (x, condition, angles, key, value, mask)
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -186,17 +193,21 @@ class PiJointExpert(nn.Module):
         dtype = self.action_in_proj.weight.dtype
         tokens = self.action_in_proj(x_t.to(dtype))
         features = sincos_embedding(time, self.dims.width, 4e-3, 4.0).to(dtype)
+        told = 0.0 if self.told_in_words else self.indicator_in(indicator)
         if self.dims.version == "pi05":
             condition = functional.silu(self.time_mlp_out(functional.silu(self.time_mlp_in(features))))
-            return tokens, condition + self.indicator_in(indicator)
-        features = (features + self.indicator_in(indicator))[:, :, None].expand_as(tokens)
+            return tokens, condition + told
+        features = (features + told)[:, :, None].expand_as(tokens)
         tokens = self.action_time_mlp_in(torch.cat([tokens, features], dim=-1))
         tokens = self.action_time_mlp_out(functional.silu(tokens))
         state_token = self.state_proj(state.to(dtype))[:, None, None].expand(-1, x_t.shape[1], -1, -1)
         return torch.cat([state_token, tokens], dim=2), None
 
-    def _mask(self, context: PiContext, valid: Tensor, num_draws: int) -> Tensor:
-        """[B, F * S, P + F * S] bool, True = attends: every token to the prefix and to the actions of its own draw."""
+    def _mask(self, context: PiContext, read: Tensor | None, valid: Tensor, num_draws: int) -> Tensor:
+        """[B, F * S, P + E + F * S] bool, True = attends.
+
+        Every token to the prefix, to the words that its draw reads (``read`` [B, F, E]) and to the draw's actions.
+        """
         if self.dims.version == "pi0":
             valid = functional.pad(valid, (1, 0), value=True)
         length = valid.shape[1]
@@ -209,10 +220,13 @@ class PiJointExpert(nn.Module):
         same_draw = torch.eye(num_draws, dtype=torch.bool, device=valid.device)
         own = same_draw[None, :, None, :, None] & within[:, None, :, None, :]
         own = own.flatten(3, 4).flatten(1, 2)
-        return torch.cat([context.mask[:, None].expand(-1, own.shape[1], -1), own], dim=2)
+        words = [] if read is None else [read.repeat_interleave(length, dim=1)]
+        return torch.cat([context.mask[:, None].expand(-1, own.shape[1], -1), *words, own], dim=2)
 
-    def _angles(self, context: PiContext, num_draws: int, length: int) -> Tensor:
-        """Rotary angles [B, F * S, d / 2]: positions go on after the prefix's real tokens."""
+    def _angles(self, context: PiContext, read: Tensor | None, num_draws: int, length: int) -> Tensor:
+        """Rotary angles [B, F * S, d / 2]: positions go on after the prefix's real tokens and the words read."""
         order = torch.arange(length, device=context.mask.device)
         positions = context.mask.sum(dim=1)[:, None, None] + order.expand(num_draws, -1)
+        if read is not None:
+            positions = positions + read.sum(dim=2)[:, :, None]
         return rotary_angles(positions.flatten(1), self.dims.head_dim, self.dims.rope_theta)

@@ -1,13 +1,17 @@
 """Gemma's layers over the prefix, handing out every layer's keys and values: what a joint expert attends to.
 
+Words for the expert alone may ride along: they attend to the prefix and to those of their own block, and no prefix
+token to them. They share the modules' calls with it, so that ZeRO-3 gathers nothing for them, and not its attention,
+which stays as it is without them.
+
 transformers would hand them out through a cache, which activation checkpointing switches off; here they are outputs of
 the layer's pass like its hidden states, so they survive recomputation and carry gradient. Only the layers' own modules
 are called, each once: ZeRO-3 gathers them and adapters act in them as in transformers' own forward.
 
-    B batch   T prefix tokens   D VLM width   K key-value heads   d head dim
+    B batch   T prefix tokens   E words for the expert   D VLM width   K key-value heads   d head dim
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,39 +20,51 @@ from torch.utils.checkpoint import checkpoint
 from recap_ds.models.layers import attend_grouped, rotary_angles, rotate
 
 
-def encode_with_keys(
-    language_model: nn.Module, embeddings: Tensor, visible: Tensor, position_ids: Tensor, checkpointing: bool
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Hidden states [B, T, D] after the last norm; per layer, rotated keys and values [B, K, T, d].
+class Sequences(NamedTuple):
+    """What enters the first layer: the prefix, and behind it the words for the expert, if there are any."""
 
-    ``embeddings`` [B, T, D]; ``visible`` [B, 1, 1 or T, T], True = may be attended to; ``position_ids`` [B, T].
-    """
+    embeddings: Tensor  # [B, T + E, D]
+    position_ids: Tensor  # [B, T + E]
+    visible: Tensor  # [B, 1, 1, T] bool, True = may be attended to
+    visible_to_words: Tensor | None  # [B, 1, E, T + E] bool, True = attends; None without words
+
+
+def encode_with_keys(
+    language_model: nn.Module, sequences: Sequences, checkpointing: bool
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The prefix's hidden states [B, T, D] after the last norm; per layer, rotated keys and values [B, K, T + E, d]."""
     rotary = language_model.rotary_emb
-    angles = rotary_angles(position_ids, rotary.head_dim, rotary.theta)
-    x, keys, values = embeddings, [], []
+    angles = rotary_angles(sequences.position_ids, rotary.head_dim, rotary.theta)
+    x, keys, values = sequences.embeddings, [], []
     for layer in language_model.layers:
-        arguments = (layer, x, angles, visible)
+        arguments = (layer, x, angles, sequences.visible, sequences.visible_to_words)
         if checkpointing and torch.is_grad_enabled():
             x, key, value = checkpoint(_run_layer, *arguments, use_reentrant=False)
         else:
             x, key, value = _run_layer(*arguments)
         keys.append(key)
         values.append(value)
-    hidden = language_model.norm(x)
+    hidden = language_model.norm(x[:, : sequences.visible.shape[-1]])
     if torch.is_grad_enabled():
         keys[-1] = _TakePart.apply(keys[-1], hidden)
     return hidden, tuple(keys), tuple(values)
 
 
-def _run_layer(layer: nn.Module, x: Tensor, angles: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    attention = layer.self_attn
+def _run_layer(
+    layer: nn.Module, x: Tensor, angles: Tensor, visible: Tensor, visible_to_words: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    attention, prefix = layer.self_attn, slice(visible.shape[-1])
     normed = layer.input_layernorm(x)
     query, key, value = (
         projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    key = rotate(key, angles)
-    x = x + attention.o_proj(attend_grouped(rotate(query, angles), key, value, visible))
+    query, key = rotate(query, angles), rotate(key, angles)
+    attended = attend_grouped(query[:, :, prefix], key[:, :, prefix], value[:, :, prefix], visible)
+    if visible_to_words is not None:
+        words = attend_grouped(query[:, :, prefix.stop :], key, value, visible_to_words)
+        attended = torch.cat([attended, words], dim=1)
+    x = x + attention.o_proj(attended)
     return x + layer.mlp(layer.post_attention_layernorm(x)), key, value
 
 

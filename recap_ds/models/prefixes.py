@@ -36,4 +36,4 @@ def detached(prefix: PrefixFeatures) -> PrefixFeatures:
 
 def _each(function: Callable[[Tensor], Tensor], prefix: PrefixFeatures) -> PrefixFeatures:
     keys, values = (tuple(map(function, layers)) for layers in (prefix.keys, prefix.values))
-    return PrefixFeatures(function(prefix.hidden), function(prefix.mask), keys, values)
+    return PrefixFeatures(function(prefix.hidden), function(prefix.mask), keys, values, prefix.readers)

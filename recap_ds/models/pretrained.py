@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 
 from recap_ds.config import PiStarRECAPConfig
-from recap_ds.models.export_format import TOKENIZER_NAME, ExportRecord
+from recap_ds.models.export_format import ExportRecord
+from recap_ds.models.export_tokenizer import load_tokenizer
 from recap_ds.models.export_weights import load_export, locate_export, save_export
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.processing.contract import RobotContract
-from recap_ds.processing.tokens import Tokenizer, build_tokenizer
+from recap_ds.processing.tokens import Tokenizer
 
 
 class Pretrained(NamedTuple):
@@ -35,15 +36,6 @@ def load_pretrained(export: str | Path, overrides: Sequence[str] = (), revision:
 def acting_dtype(config: PiStarRECAPConfig, device: torch.device) -> torch.dtype:
     """The precision of training; on a CPU float32, as bfloat16 is ten times slower there."""
     return torch.bfloat16 if config.training.use_amp and device.type != "cpu" else torch.float32
-
-
-def load_tokenizer(folder: Path, config: PiStarRECAPConfig) -> Tokenizer:
-    """The export's own tokenizer; bytes for the tiny VLM."""
-    own = folder / TOKENIZER_NAME
-    if own.is_dir():
-        return build_tokenizer(str(own), own_backbone=config.has_own_backbone)
-    source = config.vlm_source
-    return build_tokenizer(source.name, source.revision, config.has_own_backbone)
 
 
 def save_pretrained(

@@ -1,6 +1,6 @@
 """The vision-language model: transformers' PaliGemma, encoded as one bidirectional prefix.
 
-The prefix (images, then prompt) never attends to states, actions or the advantage indicator, so it is encoded once per
+The prefix (images, then prompt) never attends to states, actions or the advantage, so it is encoded once per
 observation and read by every head. ``PaliGemmaModel.forward`` is not called: it finds image tokens with ``.item()``, a
 device sync, and cannot run on meta. Token embeddings are scaled by sqrt(width) inside transformers' embedding module
 and image features are not, as in openpi.
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from recap_ds.batch import Observation
 from recap_ds.config import LoraConfig, ModelConfig
 from recap_ds.errors import UsageError
+from recap_ds.models.advantage_words import AdvantageWords
 from recap_ds.models.building import Builder, fill
 from recap_ds.models.layers import rotary_angles
 from recap_ds.models.lora import add_adapters
-from recap_ds.models.prefix_keys import encode_with_keys
+from recap_ds.models.prefix_keys import Sequences, encode_with_keys
 from recap_ds.models.vlm_weights import checkpoint_tensors, load_vlm_config, locate_vlm, random_tensors
 
 TINY = "tiny"
@@ -32,9 +33,11 @@ TINY_PATCH_SIZE = 16
 class PrefixFeatures(NamedTuple):
     hidden: Tensor  # [B, T, D]
     mask: Tensor  # [B, T] bool, True = a real token
-    # Per layer [B, key-value heads, T, head dim], keys rotated; empty where no expert asked for them.
+    # Per layer [B, key-value heads, T + E, head dim], keys rotated; empty where no expert asked for them.
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
+    # [E] int64, of the keys behind the prefix's: the draws that attend to them (``AdvantageWords``). None: E is 0.
+    readers: Tensor | None = None
 
 
 class ConvStem(nn.Module):
@@ -94,8 +97,12 @@ class VisionLanguageModel(nn.Module):
         seed: int,
         folder: str | None = None,
         with_keys: bool = False,
+        words: AdvantageWords | None = None,
     ):
-        """``with_keys``: the prefix brings every layer's keys and values, for an action expert that attends to them."""
+        """``with_keys``: the prefix brings every layer's keys and values, for an action expert that attends to them.
+
+        ``words``: what it is told beside the prefix; needs ``with_keys``.
+        """
         super().__init__()
         source = Path(folder) if folder else locate_vlm(config.vlm_source)
         vlm_config = tiny_config(config.image_size) if source is None else load_vlm_config(source, config.image_size)
@@ -103,6 +110,9 @@ class VisionLanguageModel(nn.Module):
         # A named folder (an export) always brings weights.
         self.random_init = folder is None and (source is None or config.vlm_random_init)
         self.with_keys = with_keys
+        # Buffers, so that they lie where the parameters do.
+        self.register_buffer("word_tokens", None if words is None else words.tokens, persistent=False)
+        self.register_buffer("word_readers", None if words is None else words.readers, persistent=False)
         self.activation_checkpointing = False
         self.paligemma = build_paligemma(vlm_config, builder, config.conv_stem)
         if self.random_init:
@@ -132,12 +142,13 @@ class VisionLanguageModel(nn.Module):
 
     def _encode(self, observation: Observation, pixels: Tensor) -> PrefixFeatures:
         if self.with_keys:
-            return encode_with_layers(self.paligemma, observation, pixels, self.activation_checkpointing)
-        embeddings, visible, position_ids, mask = embed(self.paligemma, observation, pixels)
+            words = None if self.word_tokens is None else AdvantageWords(self.word_tokens, self.word_readers)
+            return encode_with_layers(self.paligemma, observation, pixels, self.activation_checkpointing, words)
+        sequences, mask = embed(self.paligemma, observation, pixels, None)
         hidden = self.paligemma.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=visible.expand(-1, 1, mask.shape[1], -1),
-            position_ids=position_ids,
+            inputs_embeds=sequences.embeddings,
+            attention_mask=sequences.visible.expand(-1, 1, mask.shape[1], -1),
+            position_ids=sequences.position_ids,
             use_cache=False,
         ).last_hidden_state
         return PrefixFeatures(hidden, mask)
@@ -158,35 +169,41 @@ def build_paligemma(vlm_config, builder: Builder, conv_stem: bool = False) -> nn
     return paligemma
 
 
-class Embedded(NamedTuple):
-    """The prefix before the first layer: images, then prompt."""
-
-    embeddings: Tensor  # [B, T, D]
-    visible: Tensor  # [B, 1, 1, T] bool, True = may be attended to
-    position_ids: Tensor  # [B, T]
-    mask: Tensor  # [B, T] bool, True = a real token
-
-
-def embed(paligemma: nn.Module, observation: Observation, pixels: Tensor) -> Embedded:
+def embed(
+    paligemma: nn.Module, observation: Observation, pixels: Tensor, words: AdvantageWords | None
+) -> tuple[Sequences, Tensor]:
+    """Images, then prompt, then ``words``; and the prefix's mask [B, T] bool, True = a real token."""
     patches = paligemma.vision_tower(pixels.flatten(0, 1)).last_hidden_state
     images = paligemma.multi_modal_projector(patches).unflatten(0, (len(pixels), -1))  # [B, C, N, D]
     image_mask = observation.camera_mask[:, :, None].expand(-1, -1, images.shape[2])
-    words = paligemma.language_model.embed_tokens(observation.tokens)
-    embeddings = torch.cat([images.flatten(1, 2), words], dim=1)
+    tokens = observation.tokens
+    if words is not None:
+        tokens = torch.cat([tokens, words.tokens.expand(len(tokens), -1)], dim=1)
+    embeddings = torch.cat([images.flatten(1, 2), paligemma.language_model.embed_tokens(tokens)], dim=1)
     mask = torch.cat([image_mask.flatten(1), observation.token_mask], dim=1)
     # Bidirectional: every token sees every real token. Positions skip what is masked, as in openpi. A row with no
     # real token (the observation after an end) sees all its padding: attention over nothing may be NaN.
-    visible = mask | ~mask.any(dim=1, keepdim=True)
-    return Embedded(embeddings, visible[:, None, None, :], (mask.long().cumsum(dim=1) - 1).clamp(min=0), mask)
+    visible = (mask | ~mask.any(dim=1, keepdim=True))[:, None, None, :]
+    position_ids, visible_to_words = (mask.long().cumsum(dim=1) - 1).clamp(min=0), None
+    if words is not None:
+        # Each block goes on where the prefix's real tokens end, as if the other were not there.
+        position_ids = torch.cat([position_ids, mask.sum(dim=1, keepdim=True) + words.order()], dim=1)
+        within = words.same_block().expand(len(mask), 1, -1, -1)
+        visible_to_words = torch.cat([visible.expand(-1, -1, within.shape[2], -1), within], dim=3)
+    return Sequences(embeddings, position_ids, visible, visible_to_words), mask
 
 
 def encode_with_layers(
-    paligemma: nn.Module, observation: Observation, pixels: Tensor, checkpointing: bool
+    paligemma: nn.Module,
+    observation: Observation,
+    pixels: Tensor,
+    checkpointing: bool,
+    words: AdvantageWords | None = None,
 ) -> PrefixFeatures:
-    """The prefix with every layer's keys and values."""
-    embeddings, visible, position_ids, mask = embed(paligemma, observation, pixels)
-    hidden, keys, values = encode_with_keys(paligemma.language_model, embeddings, visible, position_ids, checkpointing)
-    return PrefixFeatures(hidden, mask, keys, values)
+    """The prefix with every layer's keys and values, and behind them those of ``words``."""
+    sequences, mask = embed(paligemma, observation, pixels, words)
+    hidden, keys, values = encode_with_keys(paligemma.language_model, sequences, checkpointing)
+    return PrefixFeatures(hidden, mask, keys, values, None if words is None else words.readers)
 
 
 def _load(paligemma: nn.Module, folder: Path, builder: Builder) -> None:

@@ -32,11 +32,11 @@ from recap_ds.distributed.shadows import Shadow
 from recap_ds.distributed.sharded_builder import ShardedBuilder
 from recap_ds.errors import RunStopped, UsageError
 from recap_ds.models.backbones import check_vlm
+from recap_ds.models.export_tokenizer import load_tokenizer
 from recap_ds.models.policy import PiStarRECAPPolicy
-from recap_ds.models.pretrained import load_tokenizer
 from recap_ds.processing.contract import RobotContract, TaskContract
 from recap_ds.processing.normalize import Normalizer
-from recap_ds.processing.tokens import Tokenizer, build_tokenizer
+from recap_ds.processing.tokens import Tokenizer
 from recap_ds.train.run_folder import RunFolder
 from recap_ds.train.spikes import SpikeGuard
 from recap_ds.train.stopping import StopRequests
@@ -135,9 +135,7 @@ def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo)
 
 def _tokenizer(config: PiStarRECAPConfig, start: StartPoint | None) -> Tokenizer:
     """That of the VLM the run begins with; of a critic's own backbone, that of the settings."""
-    if start is None or config.has_own_backbone:
-        return build_tokenizer(config.vlm_source.name, config.vlm_source.revision, config.has_own_backbone)
-    return load_tokenizer(start.export, config)
+    return load_tokenizer(None if start is None or config.has_own_backbone else start.export, config)
 
 
 def _dataset(

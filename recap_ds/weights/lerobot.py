@@ -74,7 +74,7 @@ def export_lerobot(export: Path, out: Path, advantage: AdvantageName = "positive
         raise UsageError(f"OUT {out}: is there already; name a new folder")
     record = ExportRecord.load(export)
     config = load_config(export / CONFIG_NAME)
-    _check_kind(export, record, config)
+    _check_kind(export, record, config, advantage)
     if problems := file_problems(export, record.files):
         raise UsageError(f"{export}: {problems[0]}; copy or consolidate the export again")
     contract = RobotContract.load(export) if CONTRACT_NAME in record.files else None
@@ -103,10 +103,15 @@ def export_lerobot(export: Path, out: Path, advantage: AdvantageName = "positive
     return Exported({path.name: path.stat().st_size for path in sorted(out.iterdir())}, fits)
 
 
-def _check_kind(export: Path, record: ExportRecord, config: PiStarRECAPConfig) -> None:
+def _check_kind(export: Path, record: ExportRecord, config: PiStarRECAPConfig, advantage: AdvantageName) -> None:
     if "action_expert" not in record.heads or config.model.action_expert != "pi_joint":
         raise UsageError(
             f"{export}: LeRobot has no such policy; it has pi0 and pi0.5, which are model.action_expert=pi_joint"
+        )
+    if config.model.advantage_conditioning == "text" and advantage != "none":
+        raise UsageError(
+            f"{export}: reads its advantage in words that its prompt does not see, which LeRobot has no place for; "
+            "give --advantage none"
         )
     if record.vlm_is_plain_transformers is None:
         raise UsageError(f"{export}: holds an adapter alone; consolidate without --adapter-only")
@@ -151,6 +156,8 @@ def _expert(export: Path, config: PiStarRECAPConfig, advantage: AdvantageName) -
     sources = _file_sources(export / head_file("action_expert"))
     if config.recap.policy_extraction == "weighted":
         advantage = "none"  # such a policy was trained without indicators, and acts without one
+    if config.model.advantage_conditioning == "text":
+        return sources  # without words, as it acts on its own: ``_check_kind``
     shift = sources.pop(UNPUBLISHED).read()[INDICATOR_IDS[advantage]].float()
     if not shift.any():
         return sources  # of an import: the same bytes go out that came in

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from recap_ds.errors import UsageError
 from recap_ds.files.tensor_reader import FileTensor, TensorFileReader
 from recap_ds.models.building import Builder, fill
-from recap_ds.models.pi_joint import PiJointExpert
+from recap_ds.models.pi_joint import INDICATOR_NAME, PiJointExpert
 from recap_ds.models.vlm_weights import model_name
 
 LEROBOT = "model."
@@ -23,7 +23,7 @@ VLM, EXPERT = f"{TOWERS}paligemma.", f"{TOWERS}gemma_expert.model."
 # Both towers come with a head over words that neither uses for actions; the VLM's may be its embedding's other name.
 VLM_HEAD, EXPERT_HEAD = f"{VLM}lm_head.weight", f"{TOWERS}gemma_expert.lm_head.weight"
 EMBEDDING = "language_model.embed_tokens.weight"
-UNPUBLISHED = "indicator_in.weight"
+UNPUBLISHED = INDICATOR_NAME
 
 
 class PiNames(NamedTuple):

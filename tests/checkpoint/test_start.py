@@ -12,6 +12,7 @@ from recap_ds.distributed.sharded_builder import ShardedBuilder
 from recap_ds.distributed.tiles import local_shard
 from recap_ds.errors import UsageError
 from recap_ds.models.building import Builder
+from recap_ds.models.export_weights import load_export
 from recap_ds.models.policy import PiStarRECAPPolicy
 from tests.checkpoint.hand_made import KINDS, make_config, make_run
 from tests.distributed.harness import REPOSITORY
@@ -95,6 +96,30 @@ def test_an_adapter_goes_on_as_an_adapter(runtime, tmp_path):
     assert adapter and all(torch.equal(begun[name], given[name]) for name in begun)
     with pytest.raises(UsageError, match=r"training\.start_from: .* has an adapter; set lora\.enabled=true"):
         find_start(config_of("policy", run, "full"), RankInfo())
+
+
+PI_JOINT = {"action_expert": "pi_joint", "action_expert_num_heads": 4}
+TOLD_IN_WORDS = {**PI_JOINT, "advantage_conditioning": "text"}
+
+
+def test_published_weights_serve_either_way_of_telling_the_advantage(runtime, tmp_path):
+    """What was trained on one goes on with that alone."""
+    for name, model in (("vectors", PI_JOINT), ("words", TOLD_IN_WORDS)):
+        policy = PiStarRECAPPolicy(tiny_config(model=model, **STAGES["policy"]))
+        policy.save_pretrained(tmp_path / name)  # with an indicator of zeros, as an import has it
+    begun = begin(config_of("policy", tmp_path / "vectors", **TOLD_IN_WORDS), runtime, Builder())
+    loaded = load_export(PiStarRECAPPolicy, tmp_path / "vectors")
+    given = {name: parameter.detach().flatten() for name, parameter in loaded.named_parameters()}
+    assert given.keys() - begun.keys() == {"action_expert.indicator_in.weight"}
+    assert all(torch.equal(value, given[name]) for name, value in begun.items())
+    with pytest.raises(UsageError, match=r"training\.start_from: .*words has learned .* as text; set model\.adv"):
+        find_start(config_of("policy", tmp_path / "words", **PI_JOINT), RankInfo())
+    with torch.no_grad():
+        trained = PiStarRECAPPolicy(tiny_config(model=PI_JOINT, **STAGES["policy"]))
+        trained.action_expert.indicator_in.weight.add_(0.1)
+        trained.save_pretrained(tmp_path / "trained")
+    with pytest.raises(UsageError, match=r"as embedding; set model\.advantage_conditioning=embedding"):
+        find_start(config_of("policy", tmp_path / "trained", **TOLD_IN_WORDS), RankInfo())
 
 
 def test_what_does_not_fit_ends_in_one_line(runtime, tmp_path):

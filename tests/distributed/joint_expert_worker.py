@@ -17,13 +17,14 @@ from tests.models.tiny_policy import READY, gradients, rows, train
 from tests.tiny import random_batch, tiny_config, wake
 
 
-def compare(ds: dict[str, Any], runtime: Runtime, version: str, insulated: bool) -> dict[str, Any]:
+def compare(ds: dict[str, Any], runtime: Runtime, version: str, told: str, insulated: bool) -> dict[str, Any]:
     """Gradients of two ranks with half of a batch each, and of a plain module with all of it."""
     config = tiny_config(
         model={
             "action_expert": "pi_joint",
             "action_expert_num_heads": 4,
             "pi_version": version,
+            "advantage_conditioning": told,
             "stop_gradient": insulated,
         },
         lora={"enabled": True, "rank": 2},
@@ -66,8 +67,12 @@ def compare(ds: dict[str, Any], runtime: Runtime, version: str, insulated: bool)
 
 def scenarios(runtime: Runtime) -> dict[str, Any]:
     ds = tiny.ds_config("zero3", runtime.info.world)
-    cases = (("pi05", False), ("pi05", True), ("pi0", False))
-    return {f"{version}{' insulated' if on else ''}": compare(ds, runtime, version, on) for version, on in cases}
+    cases = {
+        "pi05 text": ("pi05", "text", False),
+        "pi05 insulated": ("pi05", "embedding", True),
+        "pi0": ("pi0", "embedding", False),
+    }
+    return {name: compare(ds, runtime, *case) for name, case in cases.items()}
 
 
 if __name__ == "__main__":

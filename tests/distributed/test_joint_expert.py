@@ -10,7 +10,7 @@ def ranks():
     return run_ranks("joint_expert_worker", 2)
 
 
-@pytest.mark.parametrize("case", ["pi05", "pi05 insulated", "pi0"])
+@pytest.mark.parametrize("case", ["pi05 text", "pi05 insulated", "pi0"])
 def test_sharded_gradients_are_those_of_one_dense_process(ranks, case):
     for rank in ranks:
         result = rank[case]
@@ -22,4 +22,4 @@ def test_sharded_gradients_are_those_of_one_dense_process(ranks, case):
 def test_insulated_the_actions_move_nothing_of_the_vlm(ranks):
     for rank in ranks:
         assert rank["pi05 insulated"]["vlm_from_actions"] == 0.0
-        assert rank["pi05"]["vlm_from_actions"] > 1e-4
+        assert rank["pi05 text"]["vlm_from_actions"] > 1e-4

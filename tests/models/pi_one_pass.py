@@ -10,13 +10,18 @@ import torch
 from torch.nn import functional
 
 
-def one_pass_velocity(paligemma, expert, observation, pixels, x_t, time, extra=None):
-    """Velocity [B, H, A] for x_t [B, H, A], time [B]; ``extra`` [B, D] is added to the time's features."""
+def one_pass_velocity(paligemma, expert, observation, pixels, x_t, time, extra=None, words=()):
+    """Velocity [B, H, A] for x_t [B, H, A], time [B]; ``extra`` [B, D] is added to the time's features.
+
+    ``words``: token ids between prefix and suffix, a block of their own.
+    """
     prefix, prefix_mask = _prefix(paligemma, observation, pixels)
+    prefix = torch.cat([prefix, _embedded(paligemma, torch.tensor([words] * len(prefix), dtype=torch.long))], dim=1)
+    prefix_mask = torch.cat([prefix_mask, torch.ones(len(prefix), len(words), dtype=torch.bool)], dim=1)
     suffix, condition = _suffix(expert, observation.state, x_t, time, 0.0 if extra is None else extra)
     num_prefix, num_suffix, chunk = prefix.shape[1], suffix.shape[1], x_t.shape[1]
     # openpi's rule: a token sees those whose block number is not above its own.
-    blocks = [0] * num_prefix + ([1] if num_suffix > chunk else []) + [2] * chunk
+    blocks = [0] * (num_prefix - len(words)) + [1] * len(words) + ([2] if num_suffix > chunk else []) + [3] * chunk
     block = torch.tensor(blocks)
     real = torch.cat([prefix_mask, torch.ones(len(prefix), num_suffix, dtype=torch.bool)], dim=1)
     mask = (block[None, :] <= block[:, None])[None] & real[:, None, :]
@@ -34,10 +39,14 @@ def _prefix(paligemma, observation, pixels):
         paligemma.multi_modal_projector(paligemma.vision_tower(pixels[:, camera]).last_hidden_state)
         for camera in range(pixels.shape[1])
     ]
-    table = paligemma.language_model.embed_tokens.weight
-    words = functional.embedding(observation.tokens, table) * math.sqrt(table.shape[1])
+    words = _embedded(paligemma, observation.tokens)
     masks = [observation.camera_mask[:, c : c + 1].expand(-1, image.shape[1]) for c, image in enumerate(images)]
     return torch.cat([*images, words], dim=1), torch.cat([*masks, observation.token_mask], dim=1)
+
+
+def _embedded(paligemma, tokens):
+    table = paligemma.language_model.embed_tokens.weight
+    return functional.embedding(tokens, table) * math.sqrt(table.shape[1])
 
 
 def _suffix(expert, state, x_t, time, extra):

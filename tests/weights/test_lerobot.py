@@ -144,6 +144,11 @@ def test_what_lerobot_has_no_policy_for_is_refused(trained, tmp_path, capsys):
 
     save_pretrained(PiStarRECAPPolicy(tiny_config()), None, tmp_path / "dit")
     assert "LeRobot has no such policy; it has pi0 and pi0.5" in refused(tmp_path / "dit")
+    model = {"action_expert": "pi_joint", "action_expert_num_heads": 4, "advantage_conditioning": "text"}
+    config = tiny_config(model=model, training={"stage": "policy"}, recap={"sft": True})
+    save_pretrained(PiStarRECAPPolicy(config), None, tmp_path / "words")
+    assert "reads its advantage in words" in refused(tmp_path / "words")
+    assert "model.safetensors" in export_lerobot(tmp_path / "words", tmp_path / "none told", "none")
     assert "is there already; name a new folder" in refused(trained[1], trained[1])
     assert "cannot be read" in refused(tmp_path / "none")
     assert not (tmp_path / "out").exists()
