@@ -10,6 +10,8 @@ from recap_ds.errors import UsageError
 from recap_ds.models.vlm import tiny_config
 from recap_ds.plan.architecture import vlm_architecture
 from recap_ds.plan.measure import build_on_meta
+from recap_ds.recipe import load_config
+from tests.distributed.harness import REPOSITORY
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
 
@@ -30,6 +32,24 @@ def test_the_published_numbers_give_the_published_size():
     assert sum(p.numel() for p in policy.vlm.parameters()) == 2_923_466_480
     assert policy.vlm.width == 2048
     assert not policy.vlm.random_init
+
+
+@pytest.mark.parametrize("name", ["pi05_lora", "pi05_full"])
+def test_the_recipes_of_pi05_have_its_published_size(name):
+    config = load_config(REPOSITORY / "launch" / "recipes" / f"{name}.yaml")
+    with vlm_architecture(config) as architecture:
+        assert "in pi05, numbers as published: weights/pi05 is not on this machine" in architecture.source
+        policy = build_on_meta(config, torch.bfloat16, architecture.folder)
+    modules = (policy.vlm, policy.action_expert)
+    sizes = {name: p.numel() for module in modules for name, p in module.named_parameters() if "lora_" not in name}
+    assert sum(sizes.values()) == 3_353_433_872
+
+
+def test_the_weights_that_a_run_begins_with_are_believed(tmp_path):
+    tiny_config(64).save_pretrained(tmp_path / "vlm")
+    model, training = {"image_size": 64}, {"start_from": str(tmp_path)}
+    with vlm_architecture(PiStarRECAPConfig(model=model, training=training)) as architecture:
+        assert architecture == (str(tmp_path / "vlm"), f"{tmp_path}/vlm/config.json")
 
 
 def test_adapters_are_sizes_too():
