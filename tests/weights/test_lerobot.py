@@ -148,7 +148,7 @@ def test_what_lerobot_has_no_policy_for_is_refused(trained, tmp_path, capsys):
     config = tiny_config(model=model, training={"stage": "policy"}, recap={"sft": True})
     save_pretrained(PiStarRECAPPolicy(config), None, tmp_path / "words")
     assert "reads its advantage in words" in refused(tmp_path / "words")
-    assert "model.safetensors" in export_lerobot(tmp_path / "words", tmp_path / "none told", "none")
+    assert "model.safetensors" in export_lerobot(tmp_path / "words", tmp_path / "none told", "none").files
     assert "is there already; name a new folder" in refused(trained[1], trained[1])
     assert "cannot be read" in refused(tmp_path / "none")
     assert not (tmp_path / "out").exists()
