@@ -6,6 +6,7 @@ Every episode's outcome and length is kept, so that intervals over several seeds
 file of another recipe is refused with the keys in which they differ; arms that nobody has run yet may change.
 """
 
+import os
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,8 @@ class StudyResults:
         body: dict[str, Any] = {"format_version": FORMAT_VERSION, "study": recipe.name, "arms": {}, "units": []}
         body["shared"] = recipe.shared_facts()
         if not path.exists():
+            if not os.access(path.parent, os.W_OK):
+                raise UsageError(f"--results {path}: its folder is not there, or cannot be written to")
             return cls(path, body, [])
         there = read_checked_json(path, FORMAT_VERSION)
         try:

@@ -212,6 +212,19 @@ def test_results_that_are_damaged_or_of_another_recipe_are_refused_before_anythi
     assert desk.jobs() == []
 
 
+def test_wrong_flags_end_in_one_line(desk, capsys):
+    for flags, said in (
+        (["--results", "nowhere/study.json"], "--results nowhere/study.json: its folder is not there"),
+        (["--results", "ds_configs"], "ds_configs: cannot be read (Is a directory)"),
+        (["--programs", "nowhere"], "--programs nowhere: has no train.py"),
+        (["--jobs", "0"], "'0' is not a whole number of at least 1"),
+        (["--out", "policy.yaml"], "policy.yaml: cannot be written"),
+    ):
+        assert desk.study(*flags) == 2
+        assert said in one_line(capsys)
+    assert desk.jobs() == []
+
+
 def test_an_evaluation_of_other_episodes_is_not_taken_for_this_one(desk, capsys):
     assert desk.study() == 0
     desk.results.unlink()
