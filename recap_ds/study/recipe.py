@@ -6,7 +6,7 @@
     pretrain: {recipe: policy.yaml, settings: [recap.sft=true]}
     critic: {recipe: critic.yaml}
     policy: {recipe: policy.yaml}
-    evaluation: {episodes: 200, settings: [evaluation.rollout_seed=5000]}
+    evaluation: {episodes: 200, first_scene: 5000}
     seeds: [0, 1, 2]
     arms:
       imitation: {method: imitation}
@@ -39,6 +39,7 @@ OWN_KEYS = (
     "training.seed",
     "evaluation.indicators",
     "evaluation.guidance_betas",
+    "evaluation.rollout_seed",
 )
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 # Stands for the tag of labels that do not exist yet, where a config is checked before they do.
@@ -66,7 +67,10 @@ class Collection(_Part):
 
 
 class Evaluation(_Part):
+    """Every training seed is judged on scenes of its own, the same for all arms: so seeds add independent episodes."""
+
     episodes: int = Field(ge=1)  # over all tasks, which take turns
+    first_scene: int = Field(1000, ge=0)  # evaluation.rollout_seed of training seed 0; the next begins where it ends
     settings: tuple[str, ...] = ()
 
 

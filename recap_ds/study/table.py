@@ -1,8 +1,7 @@
 """What a study came to, row by row: an arm's units together, every seed by itself, and the first arm beside others.
 
-Intervals are of 95 %: Wilson's over all episodes of all seeds, and percentiles of episodes drawn again for the
-throughput, where Wilson's at the mean time are no wider. They speak of episodes: how much a seed of training matters is
-seen in the column of seeds.
+Intervals are of 95 %: Wilson's over all episodes of all seeds, each of which plays scenes of its own, and for the
+throughput percentiles of episodes drawn again. How much a seed of training matters is seen in the column of seeds.
 """
 
 from collections.abc import Iterable, Sequence

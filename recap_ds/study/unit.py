@@ -147,24 +147,28 @@ class UnitRunner:
 
     def _evaluate(self, unit: Unit, arm: Arm, policy: Path, folder: Path, log: Path) -> tuple[dict[str, Any], float]:
         recipe, out, seconds = self._recipe, folder / "evaluation_results.json", 0.0
+        first_scene = recipe.evaluation.first_scene + unit.seed * recipe.evaluation.episodes
         if not out.is_file():
             betas = ",".join(map(str, arm.guidance_betas))
             words = ["--checkpoint", str(policy), "--env", recipe.env, "--out", str(out)]
             words += ["--episodes", str(recipe.evaluation.episodes), *recipe.env_settings, *recipe.evaluation.settings]
+            words += [f"evaluation.rollout_seed={first_scene}"]
             words += ["evaluation.indicators=[positive]", f"evaluation.guidance_betas=[{betas}]"]
             seconds = self._crew.script(f"{unit.name}: evaluation", log, "evaluate.py", *words)
-        return read_rollouts(out, recipe.evaluation.episodes, arm.guidance_betas), seconds
+        return read_rollouts(out, recipe.evaluation.episodes, first_scene, arm.guidance_betas), seconds
 
 
-def read_rollouts(path: Path, num_episodes: int, guidance_betas: Sequence[float]) -> dict[str, Any]:
+def read_rollouts(path: Path, num_episodes: int, first_scene: int, guidance_betas: Sequence[float]) -> dict[str, Any]:
     """The ``rollouts`` of a unit's evaluation. UsageError where they are of another evaluation, or unreadable."""
     try:
         rollouts = json.loads(path.read_text(encoding="utf-8"))["rollouts"]
-        played = (rollouts["num_episodes"], tuple(entry["guidance_beta"] for entry in rollouts["entries"]))
+        betas = tuple(entry["guidance_beta"] for entry in rollouts["entries"])
+        played = (rollouts["num_episodes"], rollouts["seed"], betas)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: cannot be read ({type(error).__name__}: {error}); remove it") from None
-    if played != (num_episodes, tuple(guidance_betas)):
-        raise UsageError(f"{path}: is of another evaluation ({played[0]} episodes, guidance {played[1]}); remove it")
+    if played != (num_episodes, first_scene, tuple(guidance_betas)):
+        told = f"{played[0]} episodes from seed {played[1]}, guidance {', '.join(map(str, betas))}"
+        raise UsageError(f"{path}: is of another evaluation ({told}); remove it")
     return rollouts
 
 

@@ -133,7 +133,12 @@ def test_a_policy_is_told_its_arm_and_seed(desk):
         "training.resume": "auto",
     }
     assert evaluate[1:3] == ["--checkpoint", str(folder / "policy")]
-    assert evaluate[-2:] == ["evaluation.indicators=[positive]", "evaluation.guidance_betas=[1.0,2.0]"]
+    # Seed 1 plays the scenes after the eight of seed 0.
+    assert evaluate[-3:] == [
+        "evaluation.rollout_seed=1008",
+        "evaluation.indicators=[positive]",
+        "evaluation.guidance_betas=[1.0,2.0]",
+    ]
 
 
 def test_an_arm_may_judge_the_policy_of_another_under_other_guidances(desk, capsys):
@@ -230,8 +235,9 @@ def test_an_evaluation_of_other_episodes_is_not_taken_for_this_one(desk, capsys)
     desk.results.unlink()
     desk.values["evaluation"]["episodes"] = 9
     assert desk.study() == 2
-    assert "evaluation_results.json: is of another evaluation (8 episodes, guidance (1.0,)); remove it" in one_line(
-        capsys
+    assert (
+        "evaluation_results.json: is of another evaluation (8 episodes from seed 1000, guidance 1.0); remove it"
+        in one_line(capsys)
     )
 
 

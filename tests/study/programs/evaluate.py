@@ -14,4 +14,5 @@ entries = [
     {"indicator": "positive", "guidance_beta": beta, "episodes": episodes}
     for beta in json.loads(settings["evaluation.guidance_betas"])
 ]
-out.write_text(json.dumps({"rollouts": {"num_episodes": number, "fps": 10.0, "entries": entries}}))
+rollouts = {"num_episodes": number, "seed": int(settings["evaluation.rollout_seed"]), "fps": 10.0, "entries": entries}
+out.write_text(json.dumps({"rollouts": rollouts}))
