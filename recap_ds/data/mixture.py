@@ -38,7 +38,7 @@ def block_quotas(where: str, names: Sequence[str], weights: np.ndarray) -> np.nd
     assert (weights >= 0).all() and weights.sum() > 0, weights
     exact = weights / weights.sum() * BLOCK_SLOTS
     for name, share in zip(names, exact, strict=True):
-        if 0 < share < 1:
+        if 0 < share < 1 - 1e-9:
             raise UsageError(
                 f"{where}.{name}: a share of {share / BLOCK_SLOTS:.2g} is below 1/{BLOCK_SLOTS}, the smallest "
                 f"that can be drawn; set {where} with a larger weight for {name}, or 0"

@@ -16,6 +16,7 @@ from recap_ds.batch import OUTCOME_IDS, SOURCE_IDS
 from recap_ds.config import DataConfig
 from recap_ds.data.draws import identity_of
 from recap_ds.data.epochs import KeptSamples
+from recap_ds.data.mixture import BLOCK_SLOTS
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.errors import UsageError
 
@@ -88,7 +89,7 @@ def part_weights(where: str, table: Mapping[str, float] | None, parts: list[Part
     """[P] float64 of one table; None makes every sample equally likely. ``where``: the key of the table."""
     sizes = np.array([part.samples.num_samples for part in parts], np.float64)
     if table is None:
-        return sizes
+        return at_least_a_slot(sizes)
     weights = np.zeros(len(parts))
     for key, weight in table.items():
         mine = np.array([part.name == key or (part.source == key and part.name not in table) for part in parts], bool)
@@ -96,6 +97,16 @@ def part_weights(where: str, table: Mapping[str, float] | None, parts: list[Part
             raise UsageError(f"{where}.{key}: the shards hold no {key} sample to train on; set it to 0 or add some")
         weights[mine] = weight * sizes[mine] / sizes[mine].sum()
     return weights
+
+
+def at_least_a_slot(sizes: np.ndarray) -> np.ndarray:
+    """[P] weights: the sizes, but where a part would have less than the one slot of a block that it can have, that."""
+    small = np.zeros(len(sizes), bool)
+    while True:
+        share = sizes[~small].sum() / (BLOCK_SLOTS - small.sum())
+        if not (now := small | (sizes < share)).any() or (now == small).all():
+            return np.where(small, share, sizes)
+        small = now
 
 
 def draw_limits(max_epochs: Mapping[str, float], parts: list[Part]) -> list[int | None]:

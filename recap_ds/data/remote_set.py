@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from recap_ds.batch import SOURCE_IDS
 from recap_ds.data.cache import ShardCache, held
 from recap_ds.data.fetch import FileLost, fetch_file
 from recap_ds.data.index import ShardIndex
@@ -121,7 +122,7 @@ class RemoteSet:
                     file,
                     max_bytes=MAX_INDEX_BYTES,
                     patience_seconds=_patience(self.cache),
-                    problem=partial(_index_problem, part),
+                    problem=partial(_index_problem, part, entry),
                 )
             except FileLost as lost:
                 return str(lost)
@@ -129,14 +130,16 @@ class RemoteSet:
         return None
 
 
-def _index_problem(path: Path, record: FileRecord) -> str | None:
+def _index_problem(path: Path, entry: ShardEntry, record: FileRecord) -> str | None:
     """An index has no checksum in the manifest, but its own format tells what was cut off or changed."""
     if record.bytes > MAX_INDEX_BYTES:
         return f"more than {MAX_INDEX_BYTES} bytes"
     try:
-        ShardIndex.load(path)
+        index = ShardIndex.load(path)
     except UsageError as error:
         return str(error).removeprefix(f"{path}: ").partition(";")[0]
+    if index.num_samples != entry.num_samples or (index.source != SOURCE_IDS[entry.source]).any():
+        return f"is not of this shard, which has {entry.num_samples} {entry.source} samples by the manifest"
     return None
 
 

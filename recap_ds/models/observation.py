@@ -54,6 +54,8 @@ class ObservationEncoder:
             raise UsageError(f"observation: '{missing[0]}' is missing; the policy was trained with {sorted(wanted)}")
         if not isinstance(observation["prompt"], str):
             raise UsageError(f"prompt: expected text, got {type(observation['prompt']).__name__}")
+        if not observation["prompt"].strip():
+            raise UsageError("prompt: is empty; give the words of the task")
 
     def _state(self, observation: Mapping[str, Any]) -> np.ndarray:
         """[S], normalised."""

@@ -5,7 +5,6 @@ What an observation is stands in ``observation.py``.
     B requests   H chunk   A action dims of the robot
 """
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -25,6 +24,9 @@ from recap_ds.models.sampling import AdvantageLevel, AdvantageName
 from recap_ds.processing.contract import RobotContract
 from recap_ds.processing.normalize import Normalizer
 from recap_ds.processing.tokens import Tokenizer
+
+# Useful ones are near 1 to 3; what a slip of a client asks for must not become a motion.
+MAX_GUIDANCE_BETA = 100
 
 
 class ChunkRequest(NamedTuple):
@@ -81,8 +83,9 @@ class RobotPolicy:
         """Check and encode what ``predict_chunks`` is asked. UsageError where it does not fit the contract."""
         if advantage not in get_args(AdvantageLevel) and advantage is not None:
             raise UsageError(f"advantage: {str(advantage)[:60]!r} is not 'positive', 'negative' or None")
-        if not isinstance(guidance_beta, Real) or not math.isfinite(guidance_beta):
-            raise UsageError(f"guidance_beta: {str(guidance_beta)[:60]} is not a finite number")
+        if not isinstance(guidance_beta, Real) or not abs(guidance_beta) <= MAX_GUIDANCE_BETA:
+            said = str(guidance_beta)[:60]
+            raise UsageError(f"guidance_beta: {said} is not a number from -{MAX_GUIDANCE_BETA} to {MAX_GUIDANCE_BETA}")
         if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**63):
             raise UsageError(f"seed: {str(seed)[:60]} is not a whole number from 0 to 2**63 - 1")
         return ChunkRequest(self._encoder.encode([observation]), advantage, float(guidance_beta), seed)

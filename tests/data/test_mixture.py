@@ -1,5 +1,7 @@
 """Quotas, segments of a schedule, caps on repeats, and what a table of weights means."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -27,7 +29,6 @@ def test_largest_remainder():
     [
         ({"demo": [5]}, {"mixture": {"demo": 1, "auto": 1}}, "data.mixture.auto: the shards hold no auto sample"),
         ({"demo": [5], "auto": [5]}, {"mixture": {"demo": 1, "auto": 1e-4}}, "data.mixture.auto: .* below 1/4096"),
-        ({"demo": [90_000], "auto": [10]}, {}, "data.mixture.auto: a share of"),
         (
             {"demo": [5]},
             {"mixture_schedule": {7: {"auto": 1}}},
@@ -72,6 +73,15 @@ def test_a_source_in_a_table_stands_for_its_data_sets_that_the_table_does_not_na
     assert weights({"demo": 1.0, "auto": 1.0}) == pytest.approx([0.1, 0.3, 0.6, 1.0])
     assert weights({"demo": 1.0, "demo/b": 2.0}) == pytest.approx([0.25, 0.75, 2.0, 0.0])
     assert weights({"demo/a": 5.0}) == [0, 5, 0, 0]
+
+
+@pytest.mark.parametrize("sizes", [[1000, 10_000_000, 2000], [10, 40_960, 60], [1, 1, 10**9], [3000, 10**7, 2500]])
+def test_without_a_table_a_source_of_few_samples_has_one_slot_in_a_block(sizes):
+    parts = made_parts({name: [10] for name in NAMES})
+    parts = [part._replace(samples=SimpleNamespace(num_samples=size)) for part, size in zip(parts, sizes, strict=True)]
+    quotas = block_quotas("data.mixture", NAMES, part_weights("data.mixture", None, parts))
+    exact = np.array(sizes) / sum(sizes) * BLOCK_SLOTS
+    assert quotas.sum() == BLOCK_SLOTS and (quotas[exact < 1] == 1).all() and (np.abs(quotas - exact) < 2).all()
 
 
 def test_a_schedule_changes_the_weights_at_its_step_and_every_part_goes_on_where_it_was():

@@ -208,16 +208,20 @@ def test_a_manifest_that_names_no_file_of_the_cache_is_refused(store, tmp_path, 
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [".lock"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "another shard's"])
 def test_an_index_that_is_lost_or_damaged_is_one_line(store, tmp_path, damage):
     path = ShardIndex.path_of(store.folder / "demo-000002.tar")
     data = path.read_bytes()
     path.write_bytes(data[:-50] if damage == "cut" else data[:300] + bytes([data[300] ^ 4]) + data[301:])
     if damage == "missing":
         path.unlink()
+    if damage == "another shard's":
+        path.write_bytes(ShardIndex.path_of(store.folder / "auto-000000.tar").read_bytes())
     with pytest.raises(UsageError, match=r"demo-000002\.index\.npz: .*run 'recap-ds shards index' on a copy") as caught:
         open_set(store, tmp_path)
     assert "\n" not in str(caught.value)
+    path.write_bytes(data)
+    assert open_set(store, tmp_path).num_samples > 0  # nothing wrong was kept
 
 
 def test_a_cache_that_cannot_be_used_is_one_line(store, tmp_path):

@@ -3,6 +3,7 @@
 Frames are counted from 0 within an episode. This file opens no table and no video.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +46,11 @@ def check_listed(lengths: list[tuple[int, int]], info: dict[str, Any], where: Pa
     for key, found in (("total_episodes", len(lengths)), ("total_frames", sum(length for _, length in lengths))):
         if info.get(key, found) != found:
             raise UsageError(f"{where}: holds {found} where meta/info.json says {key} {info[key]}; copy it again")
+
+
+def check_skipped(skipped: Collection[int], known: Collection[int], where: Path) -> None:
+    if unknown := sorted(set(skipped) - set(known)):
+        raise UsageError(f"--skip-episodes: {where} lists no episode {unknown[0]} among its {len(known)}")
 
 
 def check_files(entries: tuple[EpisodeEntry, ...]) -> None:

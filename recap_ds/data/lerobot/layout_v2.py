@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from recap_ds.data.lerobot.entries import EpisodeEntry, VideoSpan, check_listed, path_from_template
+from recap_ds.data.lerobot.entries import EpisodeEntry, VideoSpan, check_listed, check_skipped, path_from_template
 from recap_ds.data.lerobot.tables import one_line
 from recap_ds.errors import UsageError
 
@@ -32,6 +32,7 @@ def read_entries(
     rows = _read_rows(path, "episode_index", length=int)
     if not rows:
         raise UsageError(f"{path}: lists no episode; the data set is incomplete, copy it again")
+    check_skipped(skipped, [row["episode_index"] for row in rows], path)
     entries = []
     for row in sorted(rows, key=lambda row: row["episode_index"]):
         index, length = row["episode_index"], row["length"]

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from recap_ds.data.lerobot.entries import EpisodeEntry, VideoSpan, check_listed, path_from_template
+from recap_ds.data.lerobot.entries import EpisodeEntry, VideoSpan, check_listed, check_skipped, path_from_template
 from recap_ds.data.lerobot.tables import open_parquet, read_table
 from recap_ds.errors import UsageError
 
@@ -48,6 +48,7 @@ def read_entries(
     columns += [f"videos/{key}/{part}" for key in video_keys for part in VIDEO_PARTS]
     rows = [row for path in paths for row in read_table(path, columns).to_pylist()]
     rows.sort(key=lambda row: row["episode_index"])
+    check_skipped(skipped, [row["episode_index"] for row in rows], folder)
     entries = tuple(_entry(root, info, row, video_keys) for row in rows if row["episode_index"] not in skipped)
     check_listed([(row["episode_index"], row["length"]) for row in rows], info, folder)
     return entries

@@ -130,6 +130,8 @@ def test_broken_episodes_can_be_left_out(tmp_path):
     assert [episode.name for episode in episodes] == ["set/0", "set/2"]
     with pytest.raises(UsageError, match="--skip-episodes: leaves no episode"):
         load_metadata(tmp_path, skip_episodes=(0, 1, 2))
+    with pytest.raises(UsageError, match=r"--skip-episodes: .* lists no episode 17 among its 3"):
+        load_metadata(tmp_path, skip_episodes=(1, 17))
 
 
 @pytest.mark.parametrize("text", ["", " ", None])
