@@ -64,7 +64,9 @@ def _run_units(
 def _obeying_signals(crew: Crew) -> Iterator[None]:
     """SIGTERM and Ctrl-C: jobs save and end, then so do we, by RunStopped."""
     assert threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, lambda *_: crew.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
+    # Ctrl-C reaches the whole process group.
+    ways = {signal.SIGTERM: lambda *_: crew.stop(), signal.SIGINT: lambda *_: crew.stop(tell=False)}
+    before = {number: signal.signal(number, way) for number, way in ways.items()}
     try:
         yield
     except RunStopped as stopped:

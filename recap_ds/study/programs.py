@@ -41,12 +41,16 @@ class Crew:
         """One verb of recap-ds."""
         return self._run(what, log, [sys.executable, "-m", "recap_ds.cli.main", *arguments])
 
-    def stop(self) -> None:
-        """Ask all that runs to save and end, and start nothing more."""
+    def stop(self, tell: bool = True) -> None:
+        """Start nothing more, and ask all that runs to save and end: once, as a second time would mean at once.
+
+        ``tell`` False: they have heard it already.
+        """
         with self._lock:
+            if tell and not self._stopping:
+                for process in self._running:
+                    process.send_signal(signal.SIGTERM)
             self._stopping = True
-            for process in self._running:
-                process.send_signal(signal.SIGTERM)
 
     def _run(self, what: str, log: Path, command: Sequence[str]) -> float:
         log.parent.mkdir(parents=True, exist_ok=True)

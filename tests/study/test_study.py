@@ -171,23 +171,24 @@ def test_a_unit_that_failed_in_the_middle_goes_on_with_the_job_that_failed(desk,
     assert desk.jobs() == ALL_JOBS[3:]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_study_that_is_stopped_or_killed_in_a_unit_goes_on_with_it(desk, number):
     assert desk.study("--table") == 0
     desk.values["seeds"] = [0]
     Path("wait").touch()
     command = [sys.executable, "-m", "recap_ds.cli.main", *desk.words("--jobs", "2")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as driver:
-        while not Path("waiting").is_file():
+        while len(list(desk.out.glob("*/waiting"))) < 2:
             assert driver.poll() is None
             time.sleep(0.05)
         if number == signal.SIGTERM:
             driver.terminate()
-        else:
+        else:  # as Ctrl-C in a terminal, and as the end of a machine
             os.killpg(driver.pid, number)
         said, _ = driver.communicate(timeout=60)
-    if number == signal.SIGTERM:
+    if number != signal.SIGKILL:
         assert driver.returncode == 75 and "was stopped; the same command goes on from there" in said
+    assert not list(desk.out.glob("*/lost")), "nobody is told twice"
     Path("wait").unlink()
     desk.jobs()
     assert desk.study() == 0

@@ -11,6 +11,22 @@ import time
 from pathlib import Path
 
 
+def wait(run):
+    """Until it is told to stop; then it takes a while to save, in which another word would be one too many."""
+
+    def save(*_):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: run.with_name("lost").touch())
+        time.sleep(0.5 if run.parent.name.startswith("plain") else 0.1)
+        sys.exit(75)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, save)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    run.with_name("waiting").touch()
+    time.sleep(60)
+
+
 def main(arguments):
     settings = dict(word.split("=", 1) for word in arguments if "=" in word)
     run = Path(settings["runs_dir"]) / settings["name"]
@@ -22,9 +38,7 @@ def main(arguments):
         print("error: nothing works", file=sys.stderr)
         return 1
     if Path("wait").is_file() and settings["name"] == "policy":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-        Path("waiting").touch()
-        time.sleep(60)
+        wait(run)
     run.mkdir(parents=True, exist_ok=True)
     (run / "summary.json").write_text(json.dumps({"step": 2, "evaluation": {}}))
     return 0
