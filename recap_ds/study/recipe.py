@@ -176,8 +176,8 @@ class StudyRecipe(_Part):
             "critic_seed": self.critic_seed,
             "label_settings": sorted(self.label_settings),
             "evaluation": self.evaluation.model_dump(mode="json"),
-            "pretrain": _facts(self.pretrain_config()),
-            "critic": _facts(self.critic_config()),
+            "pretrain": training_facts(self.pretrain_config()),
+            "critic": training_facts(self.critic_config()),
         }
 
     def arm_facts(self, name: str) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class StudyRecipe(_Part):
         arm = self.arms[name]
         return {
             **arm.model_dump(mode="json", exclude={"settings", "seeds"}),
-            "policy": _facts(self.policy_config(arm)),
+            "policy": training_facts(self.policy_config(arm)),
         }
 
 
@@ -198,7 +198,7 @@ def stage_settings(arm: Arm, labels: str) -> list[str]:
     return ["training.stage=policy", "recap.sft=true"]
 
 
-def _facts(config: PiStarRECAPConfig) -> dict[str, Any]:
+def training_facts(config: PiStarRECAPConfig) -> dict[str, Any]:
     """Of a training: what decides what it learns."""
     sections = ("chunk_size", "model", "lora", "iql", "value", "recap", "training", "data", "label")
     return config.model_dump(mode="json", include=set(sections))

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from recap_ds.errors import UsageError
 from recap_ds.files.records import read_checked_json, write_checked_json
-from recap_ds.recipe import changed_keys
-from recap_ds.study.recipe import StudyRecipe, Unit
+from recap_ds.recipe import build_config, changed_keys
+from recap_ds.study.recipe import StudyRecipe, Unit, training_facts
 
 FORMAT_VERSION = 1
 
@@ -81,17 +81,23 @@ class StudyResults:
 
 
 def _check_recipe(path: Path, there: dict[str, Any], recipe: StudyRecipe) -> None:
-    keys = changed_keys(there["shared"], recipe.shared_facts())
+    keys = changed_keys(_as_of_today(there["shared"], "pretrain", "critic"), recipe.shared_facts())
     for name, facts in there["arms"].items():
         if name not in recipe.arms:
             keys.append(f"arms.{name} (gone)")
         else:
-            keys += [f"arms.{name}.{key}" for key in changed_keys(facts, recipe.arm_facts(name))]
+            changed = changed_keys(_as_of_today(facts, "policy"), recipe.arm_facts(name))
+            keys += [f"arms.{name}.{key}" for key in changed]
     if keys:
         raise UsageError(
             f"{path}: holds results of another recipe: {', '.join(keys)}; give the recipe they were made with, or "
             "another --results"
         )
+
+
+def _as_of_today(facts: dict[str, Any], *trainings: str) -> dict[str, Any]:
+    """Keys that are newer than the results take their defaults: they were trained as these say."""
+    return facts | {training: training_facts(build_config(facts[training])) for training in trainings}
 
 
 def _record_of(result: UnitResult) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from recap_ds.cli.main import main
+from recap_ds.files.records import write_checked_json
 from tests.distributed.harness import REPOSITORY
 
 PROGRAMS = Path(__file__).with_name("programs")
@@ -207,7 +208,12 @@ def test_results_that_are_damaged_or_of_another_recipe_are_refused_before_anythi
         desk.results.write_text(text)
         assert desk.study() == 2
         assert said in one_line(capsys)
+    older = json.loads(whole)
+    del older["sha256"], older["arms"]["plain"]["policy"]["data"]["auto_episodes"]
+    write_checked_json(desk.results, older)
+    assert desk.study() == 0, "a key that is newer than the results has the value they were made with"
     desk.results.write_text(whole)
+    capsys.readouterr()
     desk.values["evaluation"]["episodes"] = 9
     desk.values["arms"]["plain"]["settings"] = ["training.weight_decay=0.5"]
     assert desk.study() == 2
