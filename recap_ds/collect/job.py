@@ -25,6 +25,8 @@ from recap_ds.rollout.world import World, open_world
 
 # With the numbers of episodes added, still a seed for every simulator.
 MAX_SEED = 2**30
+# Scenes that an evaluation may well play, from evaluation.rollout_seed on.
+NUM_EVALUATED = 1000
 
 
 class Kind(NamedTuple):
@@ -58,6 +60,25 @@ class CollectJob:
 
     def dataset(self, kind: Kind) -> str:
         return f"{self.name}_{kind.source}"
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What all episodes of a folder share; the keys are the manifest's."""
+        return _layout(self.world)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is allowed and probably not meant."""
+        first = self.config.evaluation.rollout_seed
+        notes = list(self.world.notes)
+        for kind, count in self.goals.items():
+            seeds = range(self.seed + kind.offset, self.seed + kind.offset + count)
+            if seeds.start < first + NUM_EVALUATED and first < seeds.stop:
+                notes.append(
+                    f"{self.dataset(kind)}: its scenes have the seeds {seeds.start} to {seeds.stop - 1}, and an "
+                    f"evaluation plays those from {first} on; give another --seed to learn nothing of what it asks"
+                )
+        return notes
 
     def provenance(self, kind: Kind) -> dict[str, Any]:
         """All that an episode of ``kind`` follows from, in JSON's types."""
@@ -98,6 +119,8 @@ def open_collection(
     corrector: CorrectorName = "script",
 ) -> CollectJob:
     """Everything checked before the first episode. ``config``: the policy's, where there is one."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; name a folder of shards, new or not")
     if corrector == "keyboard":
         _check_keyboard(goals, critic)
     if policy is not None:
@@ -173,19 +196,22 @@ def _actor(
     )
 
 
-def _stored(out: Path, manifest: Manifest | None, config: PiStarRECAPConfig, world: World) -> dict[str, int]:
-    """The format of the shards; UsageError where the episodes could not join those that are there."""
+def _layout(world: World) -> dict[str, Any]:
     spec = world.spec
-    if manifest is None:
-        return {"action_width": config.chunk_size, "td_horizon": config.chunk_size, "image_size": spec.image_size}
-    now = {
+    return {
         "cameras": tuple(sorted(spec.cameras)),
         "state_dim": spec.state_dim,
         "action_dim": spec.action_dim,
         "fps": spec.fps,
         "image_size": spec.image_size,
     }
-    check_agreement(out, manifest, now)
+
+
+def _stored(out: Path, manifest: Manifest | None, config: PiStarRECAPConfig, world: World) -> dict[str, int]:
+    """The format of the shards; UsageError where the episodes could not join those that are there."""
+    if manifest is None:
+        return {"action_width": config.chunk_size, "td_horizon": config.chunk_size, "image_size": world.spec.image_size}
+    check_agreement(out, manifest, _layout(world))
     for known in world.tasks.values():
         there = manifest.tasks.get(known.name)
         if there is not None and there.prompt != known.prompt:

@@ -16,7 +16,8 @@ import torch
 
 from recap_ds.collect.job import AUTO, DEMO, INTERVENTION, open_collection
 from recap_ds.collect.journal import JOURNAL_NAME, Journal, open_journal
-from recap_ds.collect.run import RECORD_NAME, Tally, collect
+from recap_ds.collect.record import RECORD_NAME
+from recap_ds.collect.run import collect
 from recap_ds.config import EnvConfig
 from recap_ds.data.manifest import Manifest
 from recap_ds.data.verify import verify_shards
@@ -128,7 +129,14 @@ def test_sources_and_control_say_who_acted(collected):
                 # No chunk of the policy's reaches into it.
                 assert frames[t - 1][0]["num_valid"] == 1
     assert takeovers > 3
-    assert tallies["iter1_demo"] == Tally(3, 3)
+    tally = tallies["iter1_intervention"]
+    assert (tally.num_episodes, tally.num_takeovers) == (4, takeovers)
+    frames = [
+        frame[0] for (name, _), taken in episodes.items() if name == "iter1_intervention" for frame in taken.values()
+    ]
+    assert tally.num_frames == len(frames)
+    assert tally.num_human_frames == sum(record["control"] == "human" for record in frames)
+    assert tallies["iter1_demo"][:2] == (3, 3) and tallies["iter1_auto"].num_human_frames == 0
     assert verify_shards(job.out) == []
 
 
@@ -159,8 +167,8 @@ def test_other_settings_would_make_other_episodes(collected, export):
     for options, overrides, said in (
         ({"seed": 71}, (), "collected with another seed (70, now 71); give a new one a --name"),
         ({}, ("evaluation.executed_frames=2",), "another executed_frames"),
-        ({}, ("collect.stall_frames=9",), "another stall_frames"),
-        ({}, ("env.max_steps=9",), "another env_settings"),
+        ({}, ("collect.stall_frames=9",), "another stall_frames (3, now 9); give"),
+        ({}, ("env.max_steps=9",), "another env.max_steps (25, now 9); give"),
     ):
         with pytest.raises(UsageError) as error:
             run(with_policy(job.out, GOALS, export, *overrides, **options))
@@ -196,8 +204,8 @@ def test_a_killed_collection_leaves_a_sound_set_and_the_next_one_finds_what_was_
 def test_an_interrupted_one_writes_what_is_finished(tmp_path, monkeypatch):
     kept, add = [], Journal.add
 
-    def interrupted(journal, played, label):
-        add(journal, played, label)
+    def interrupted(journal, played, label, settings):
+        add(journal, played, label, settings)
         kept.append(label.name)
         if len(kept) == 2:
             raise KeyboardInterrupt
@@ -218,8 +226,21 @@ def test_a_mediocre_expert_makes_data_for_studies(tmp_path):
 
 
 def test_an_expert_that_never_succeeds_is_not_asked_for_ever(tmp_path):
-    with pytest.raises(RunFailed, match=r"--demos 1: the expert of reach failed \d+ times; give it more time"):
+    said = r"^--demos 1: the expert of reach failed 9 times at 'reach_red'; give it more time \(env.max_steps\) or less"
+    with pytest.raises(RunFailed, match=said + r" noise \(collect.demo_noise\)$"):
         run(without_policy(tmp_path, {DEMO: 1}, "env.max_steps=1"))
+    # As it is told: nothing was collected, so nothing holds to the settings that did not work.
+    assert run(without_policy(tmp_path, {DEMO: 1}))[f"{tmp_path.name}_demo"].num_episodes == 1
+
+
+def test_a_demonstration_that_fails_is_replaced_by_one_of_its_task(tmp_path):
+    tally = run(without_policy(tmp_path / "d", {DEMO: 5}, "env.max_steps=9"))["d_demo"]
+    tasks = {}
+    for (_, index), frames in read_shards(tmp_path / "d").items():
+        tasks.setdefault(frames[0][0]["task"], []).append(index)
+    assert {task: len(indices) for task, indices in tasks.items()} == {"reach_red": 3, "reach_blue": 2}
+    assert tally[:2] == (5, 5)
+    assert tally.num_tries == sum(max(indices) // 2 + 1 for indices in tasks.values()) > 5
 
 
 def test_one_collection_at_a_time(tmp_path):

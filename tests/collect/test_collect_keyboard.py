@@ -10,7 +10,8 @@ import torch
 from recap_ds.cli.main import main
 from recap_ds.collect import job as job_module
 from recap_ds.collect.job import AUTO, DEMO, INTERVENTION, open_collection
-from recap_ds.collect.run import RECORD_NAME, Tally, collect
+from recap_ds.collect.record import RECORD_NAME
+from recap_ds.collect.run import collect
 from recap_ds.data.verify import verify_shards
 from recap_ds.envs.build import open_environment
 from recap_ds.errors import UsageError
@@ -43,7 +44,10 @@ def test_corrections_of_a_person_are_recorded_and_leaving_keeps_them(tmp_path, m
     lines = []
     job = with_keyboard(tmp_path / "k", {INTERVENTION: 3})
     tallies = collect(job, torch.device("cpu"), 1, lines.append)
-    assert tallies == {"k_intervention": Tally(2, 0)} and verify_shards(job.out) == []
+    assert verify_shards(job.out) == []
+    tally = tallies["k_intervention"]
+    assert (tally.num_episodes, tally.num_successes, tally.num_takeovers) == (2, 0, 2)
+    assert (tally.num_human_frames, tally.num_frames) == (8, 12)
     assert lines[0] == "the window was closed; the same command goes on with the episodes that are missing"
     episodes = read_shards(job.out)
     world = open_environment("reach", job.config.env)
