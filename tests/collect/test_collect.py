@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from recap_ds.collect import plans
 from recap_ds.collect.job import AUTO, DEMO, INTERVENTION, open_collection
 from recap_ds.collect.journal import JOURNAL_NAME, Journal, open_journal
 from recap_ds.collect.record import RECORD_NAME
@@ -225,22 +226,25 @@ def test_a_mediocre_expert_makes_data_for_studies(tmp_path):
     assert frames[0][0]["source"] == "auto" and frames[0][0]["origin"].endswith("by a mediocre expert")
 
 
-def test_an_expert_that_never_succeeds_is_not_asked_for_ever(tmp_path):
-    said = r"^--demos 1: the expert of reach failed 9 times at 'reach_red'; give it more time \(env.max_steps\) or less"
+def test_an_expert_that_never_succeeds_is_not_asked_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "MAX_FAILED_DEMOS_FACTOR", 0)
+    said = r"^--demos 1: the expert of reach failed 1 times at 'reach_red'; give it more time \(env.max_steps\) or less"
     with pytest.raises(RunFailed, match=said + r" noise \(collect.demo_noise\)$"):
-        run(without_policy(tmp_path, {DEMO: 1}, "env.max_steps=1"))
-    # As it is told: nothing was collected, so nothing holds to the settings that did not work.
-    assert run(without_policy(tmp_path, {DEMO: 1}))[f"{tmp_path.name}_demo"].num_episodes == 1
+        run(without_policy(tmp_path / "d", {DEMO: 1}, "env.max_steps=1"))
+    # Nothing was collected, so nothing binds to the settings that did not work; from the first one on they do.
+    run(without_policy(tmp_path / "d", {DEMO: 1}))
+    with pytest.raises(
+        UsageError, match=r"collected with another env.max_steps \(None, now 1\); give a new one a --name$"
+    ):
+        run(without_policy(tmp_path / "d", {DEMO: 2}, "env.max_steps=1"))
 
 
 def test_a_demonstration_that_fails_is_replaced_by_one_of_its_task(tmp_path):
-    tally = run(without_policy(tmp_path / "d", {DEMO: 5}, "env.max_steps=9"))["d_demo"]
-    tasks = {}
-    for (_, index), frames in read_shards(tmp_path / "d").items():
-        tasks.setdefault(frames[0][0]["task"], []).append(index)
-    assert {task: len(indices) for task, indices in tasks.items()} == {"reach_red": 3, "reach_blue": 2}
-    assert tally[:2] == (5, 5)
-    assert tally.num_tries == sum(max(indices) // 2 + 1 for indices in tasks.values()) > 5
+    """Of these scenes the expert needs 13, 7, 10, 14, 6 and 8 frames: number 3 makes way for 5."""
+    tally = run(without_policy(tmp_path / "d", {DEMO: 4}, "env.max_steps=13"))["d_demo"]
+    found = {index: frames[0][0]["task"] for (_, index), frames in read_shards(tmp_path / "d").items()}
+    assert found == {0: "reach_red", 1: "reach_blue", 2: "reach_red", 5: "reach_blue"}
+    assert (tally.num_episodes, tally.num_successes, tally.num_tries) == (4, 4, 5)
 
 
 def test_one_collection_at_a_time(tmp_path):
