@@ -6,6 +6,7 @@ that the composition of a batch never changes the graph.
 
     B samples   C camera slots   H chunk_size   A max_action_dim   S max_state_dim   L max_prompt_tokens
     F flow draws per sample (model.flow_samples)   P image side in pixels
+    M model.max_action_tokens, 0 where no loss reads them
 """
 
 from typing import NamedTuple
@@ -37,6 +38,9 @@ class TransitionBatch(NamedTuple):
     actions: Tensor  # [B, H, A] float32
     action_valid: Tensor  # [B, H] bool, True = before the episode ends or control changes hands
     action_dim_mask: Tensor  # [B, A] bool, True = a dim the robot has
+    # The same chunk in tokens (``processing/action_tokens.py``), real ones first.
+    action_tokens: Tensor  # [B, M] int64, in [0, model.action_vocabulary)
+    action_token_mask: Tensor  # [B, M] bool, True = a real token
     # TD window of k = td_steps frames. next_observation is o_{t+k}; zeros where continues is 0. A stage without TD
     # gets no images of it, [B, 0, 3, P, P].
     next_observation: Observation

@@ -101,10 +101,12 @@ class PiStarRECAPConfig(Section):
             raise ValueError("value.critic: distributional learns sparse_time returns; set value.reward=sparse_time")
         if not self.value.reads_state and not distributional:
             raise ValueError("value.reads_state: IQL critics always read the state; set value.critic=distributional")
-        if self.model.stop_gradient and not self.vlm_is_frozen and stage == "policy":
+        if self.learns_action_tokens:
+            self._check_action_tokens()
+        elif self.model.stop_gradient and not self.vlm_is_frozen and stage == "policy":
             raise ValueError(
                 "model.stop_gradient: in stage policy nothing but the expert trains the VLM; set model.freeze_vlm=true "
-                "and lora.enabled=false, or let the expert train it"
+                "and lora.enabled=false, or model.action_token_weight, or let the expert train it"
             )
         if self.is_told_in_words and self.recap.policy_extraction == "weighted":
             raise ValueError(
@@ -142,6 +144,20 @@ class PiStarRECAPConfig(Section):
             raise ValueError(
                 "data.prompt_format: pi05 tells the state, and value.reads_state=false hides it; set plain"
             )
+
+    def _check_action_tokens(self) -> None:
+        key = "model.action_token_weight"
+        if self.model.action_expert != "pi_joint":
+            raise ValueError(
+                f"{key}: tokens attend to every layer of the VLM, which is kept for pi_joint alone; set "
+                "model.action_expert=pi_joint, or 0"
+            )
+        if self.vlm_is_frozen:
+            raise ValueError(
+                f"{key}: would train the VLM, which is frozen; set lora.enabled=true or model.freeze_vlm=false, or 0"
+            )
+        if self.data.normalization != "quantile":
+            raise ValueError(f"{key}: tokens stand for actions of [-1, 1]; set data.normalization=quantile, or 0")
 
     def _check_backbone(self) -> None:
         value = self.value
@@ -205,6 +221,16 @@ class PiStarRECAPConfig(Section):
     def is_told_in_words(self) -> bool:
         """True = the policy reads its advantage as text, which is encoded beside the prefix."""
         return self.model.advantage_conditioning == "text" and "action_expert" in self.heads
+
+    @property
+    def learns_action_tokens(self) -> bool:
+        """True = the VLM is also trained to predict actions as tokens."""
+        return self.model.action_token_weight > 0 and "action_expert" in self.heads
+
+    @property
+    def num_action_tokens(self) -> int:
+        """Places for them in every batch."""
+        return self.model.max_action_tokens if self.learns_action_tokens else 0
 
     @property
     def learns_by_td(self) -> bool:

@@ -63,8 +63,21 @@ class ModelConfig(Section):
     action_expert_dropout: float = Field(0.0, ge=0, lt=1)
     # Draws of (time, noise) per observation: the prefix is encoded once and shared by all of them.
     flow_samples: int = Field(1, ge=1)
-    # The action expert only reads the VLM. In stage joint the critics then train it, if it is not frozen.
+    # The action expert only reads the VLM. In stage joint the critics then train it, if it is not frozen and no action
+    # tokens do.
     stop_gradient: bool = False
+
+    # Of pi_joint. Above 0 the VLM also learns to predict the chunk's actions as tokens behind the prefix, which neither
+    # the prefix nor the expert sees: with stop_gradient, pi0.5's knowledge insulation. Only in training: nobody acts by
+    # them. 0: nothing is built. Needs a VLM that trains and data.normalization quantile.
+    action_token_weight: float = Field(0.0, ge=0)
+    # binned: a token per value, as many bins over [-1, 1] as action_vocabulary says. Or the folder of a FAST tokenizer,
+    # or its hub id where it is in the cache (physical-intelligence/fast).
+    action_tokenizer: str = "binned"
+    # Entries of the VLM's vocabulary that tokens take, counted from its end; of a FAST tokenizer, its vocab_size.
+    action_vocabulary: int = Field(256, ge=2)
+    # Tokens of a chunk: binned leaves out frames, evenly, so that it fits; FAST leaves out the finest of its detail.
+    max_action_tokens: int = Field(128, ge=1)
 
     qv_hidden_size: int = Field(512, ge=8)
     qv_num_layers: int = Field(3, ge=1)

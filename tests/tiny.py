@@ -91,6 +91,10 @@ def random_batch(
     action_valid = torch.arange(horizon) < num_valid[:, None]
     action_dim_mask = (torch.arange(shape[1]) < shape[1] - 1).expand(batch_size, -1).contiguous()
     continues = (row % 4 != 1) | (row == batch_size - 1)
+    # Of their own generator, so that all else is the same with and without them.
+    words = torch.Generator().manual_seed(seed + 1)
+    action_token_mask = torch.arange(config.num_action_tokens) < 2 * num_valid[:, None]
+    action_tokens = torch.randint(config.model.action_vocabulary, action_token_mask.shape, generator=words)
     later = random_observation(config, batch_size, generator, num_cameras)
     source = row % len(SOURCE_IDS)
     return TransitionBatch(
@@ -100,6 +104,8 @@ def random_batch(
         * action_dim_mask[:, None, :],
         action_valid=action_valid,
         action_dim_mask=action_dim_mask,
+        action_tokens=action_tokens,
+        action_token_mask=action_token_mask,
         next_observation=Observation(*(part * _like(continues, part) for part in later)),
         td_valid=td_steps > 0,
         td_action_valid=torch.arange(horizon) < td_steps[:, None],

@@ -3,6 +3,7 @@
 Training and held-out evaluation both end here. All rows of a batch are computed together; nothing is random.
 
     B rows   N samples of the set   H chunk_size   A max_action_dim   F flow draws   L max_prompt_tokens
+    M max_action_tokens, 0 without an action tokenizer
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from recap_ds.data.labels import LabelSet
 from recap_ds.data.sample import SampleArrays, SampleDecoder, View
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.errors import UsageError
+from recap_ds.processing.action_tokens import ActionTokenizer, encode_chunks
 from recap_ds.processing.normalize import Normalizer
 from recap_ds.processing.prompts import PromptEncoder
 from recap_ds.processing.tokens import Tokenizer
@@ -52,13 +54,17 @@ class Assembler:
         normalizer: Normalizer,
         scale: TaskScale,
         labels: LabelSet | None = None,
+        action_tokenizer: ActionTokenizer | None = None,
     ):
+        """``action_tokenizer``: of a run that learns action tokens."""
         self.shard_set = shard_set
         self.labels = labels
         self._decoder = SampleDecoder(shard_set.manifest, config, normalizer)
         self._scale = scale
         self._rule = ReturnRule(config.value.reward, config.frame_discount, config.value.timeout_is)
         self._chunk_size = config.chunk_size
+        self._action_tokenizer = action_tokenizer
+        self._max_action_tokens = 0 if action_tokenizer is None else config.model.max_action_tokens
         dims = torch.arange(config.max_action_dim)
         self._action_dim_mask = dims < shard_set.manifest.action_dim  # [A]
         self._prompts = [task.prompt for task in shard_set.manifest.tasks.values()]
@@ -122,18 +128,23 @@ class Assembler:
             takeover_charge=charge,
         )
         label_indicator, label_advantage = self._labels(samples)
-        frames = torch.arange(self._chunk_size)
+        num_frames = self._column(table.num_valid, samples)
+        action_valid = (torch.arange(self._chunk_size) < num_frames[:, None]) & valid[:, None]
+        actions = np.stack([row.actions for row in arrays])
+        action_tokens, action_token_mask = self._action_tokens(actions, action_valid)
         observation = self._observation([row.view for row in arrays], task)
         # Without TD nobody reads the next observation, whose prompt is then as good as any.
         next_prompt = None if self._learns_by_td else (observation.tokens, observation.token_mask)
         return TransitionBatch(
             observation=observation,
-            actions=torch.from_numpy(np.stack([row.actions for row in arrays])),
-            action_valid=(frames < self._column(table.num_valid, samples)[:, None]) & valid[:, None],
+            actions=torch.from_numpy(actions),
+            action_valid=action_valid,
             action_dim_mask=self._action_dim_mask.expand(len(samples), -1).contiguous(),
+            action_tokens=action_tokens,
+            action_token_mask=action_token_mask,
             next_observation=self._observation([row.next_view for row in arrays], task, next_prompt),
             td_valid=td_valid,
-            td_action_valid=(frames < window.steps[:, None]) & td_valid[:, None],
+            td_action_valid=(torch.arange(self._chunk_size) < window.steps[:, None]) & td_valid[:, None],
             chunk_reward=window.chunk_reward,
             chunk_discount=window.chunk_discount,
             continues=window.continues,
@@ -177,6 +188,12 @@ class Assembler:
             ids, mask = self._task_tokens
             return ids[task], mask[task]
         return _tensors(self._prompt_encoder.encode([self._prompts[index] for index in task.tolist()], states))
+
+    def _action_tokens(self, actions: np.ndarray, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, M] of ``actions`` [B, H, A]."""
+        num_dims = self.shard_set.manifest.action_dim
+        chunks = [chunk[:length, :num_dims] for chunk, length in zip(actions, valid.sum(dim=1).tolist(), strict=True)]
+        return _tensors(encode_chunks(self._action_tokenizer, chunks, self._max_action_tokens))
 
     def _steps_to_end(self, samples: np.ndarray) -> Tensor:
         table = self.shard_set.table

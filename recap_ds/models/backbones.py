@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
+from recap_ds.models.action_tokens import last_action_word
 from recap_ds.models.advantage_words import advantage_words
 from recap_ds.models.building import Builder
 from recap_ds.models.experts import needs_keys, pi_dimensions
@@ -45,6 +46,8 @@ def check_vlm(config: PiStarRECAPConfig, start: Path | None = None) -> None:
     architecture = tiny_config(image_size) if folder is None else load_vlm_config(folder, image_size)
     if needs_keys(config):
         pi_dimensions(config.model, architecture.text_config)
+    if config.learns_action_tokens:
+        last_action_word(architecture.text_config, config.model.action_vocabulary)
 
 
 def _check_own(config: PiStarRECAPConfig, start: Path | None) -> None:

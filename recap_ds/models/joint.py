@@ -1,6 +1,7 @@
 """Stage ``joint``: VLM, action expert and IQL critics in one loss (RECAP, arXiv 2511.14759; IQL, arXiv 2110.06169).
 
-The critics read detached features, so the VLM is moved by the policy alone; the indicator reaches the action expert
+The critics read detached features, so the VLM is moved by the policy alone (``model.stop_gradient``: by the critics
+alone, or by action tokens alone where it learns them); the indicator reaches the action expert
 alone. Pure functions of the modules in ``Parts`` and a batch; which ranks there are, nobody here knows.
 
     B batch   F flow draws   H chunk   A action dims   J Q networks
@@ -16,6 +17,7 @@ from recap_ds.algo.iql import advantage as iql_advantage
 from recap_ds.algo.iql import extraction_weight
 from recap_ds.batch import TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
+from recap_ds.models.action_tokens import with_action_tokens
 from recap_ds.models.critics import Critic, QNetworks
 from recap_ds.models.experts import ActionExpert
 from recap_ds.models.flow_losses import evaluate_flow, flow_losses, source_weight
@@ -50,7 +52,9 @@ def joint_step(
     prefix, next_prefix = encode_both(parts.vlm, batch, pixels, next_pixels)
     for_policy, for_critic = prefix, detached(prefix)
     if config.model.stop_gradient:
-        for_policy, for_critic = for_critic, for_policy
+        for_policy = for_critic
+        if not config.learns_action_tokens:
+            for_critic = prefix
 
     critic = critic_losses(parts.critic, parts.target_critic, config, batch, for_critic, next_prefix)
     advantage = iql_advantage(critic.target_q, critic.v)
@@ -58,7 +62,7 @@ def joint_step(
     flow = flow_losses(parts.action_expert, batch, for_policy, indicator, weight)
 
     loss = config.iql.policy_loss_weight * flow.policy_sum / normalizers.flow + critic.loss / normalizers.td
-    return TrainOutput(
+    output = TrainOutput(
         loss=loss,
         policy_loss=flow.policy_loss,
         q_loss=critic.q_loss.detach(),
@@ -71,6 +75,7 @@ def joint_step(
         weight=weight,
         indicator=indicator,
     )
+    return with_action_tokens(output, parts.vlm, config, batch, prefix, normalizers)
 
 
 @torch.no_grad()

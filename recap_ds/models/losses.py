@@ -25,6 +25,7 @@ class LossNormalizers(NamedTuple):
     flow: Tensor  # action elements: valid frames x real dims x flow draws
     td: Tensor  # samples with a TD target
     monte_carlo: Tensor  # samples with a known return
+    action_tokens: Tensor
 
 
 class TrainOutput(NamedTuple):
@@ -42,6 +43,8 @@ class TrainOutput(NamedTuple):
     value_error: Tensor | None = None  # |V - return|, 0 where the return is not known
     weight: Tensor | None = None  # policy weight: source weight x extraction weight
     indicator: Tensor | None = None
+    action_token_loss: Tensor | None = None  # mean cross-entropy over the sample's action tokens
+    action_token_accuracy: Tensor | None = None  # share of them that are the most probable
 
 
 class EvaluationOutput(NamedTuple):
@@ -77,9 +80,9 @@ def value_mask(config: PiStarRECAPConfig, batch: TransitionBatch) -> Tensor:
 
 
 def local_counts(batch: TransitionBatch) -> Tensor:
-    """[3] float32: this micro-batch's share of the counts in ``LossNormalizers``."""
-    samples = [valid.sum().float() for valid in (batch.td_valid, batch.mc_valid)]
-    return torch.stack([count_flow_elements(batch).sum(), *samples])
+    """[4] float32: this micro-batch's share of the counts in ``LossNormalizers``."""
+    masks = (batch.td_valid, batch.mc_valid, batch.action_token_mask)
+    return torch.stack([count_flow_elements(batch).sum(), *(mask.sum().float() for mask in masks)])
 
 
 def normalizers(mean_counts: Tensor) -> LossNormalizers:

@@ -182,6 +182,7 @@ class PiStarRECAPPolicy(nn.Module):
             "policy_loss": (output.policy_loss, count_flow_elements(batch), counts.flow),
             "q_loss": (output.q_loss, 1.0, counts.td),
             "v_loss": (output.v_loss, 1.0, value_mask(self.config, batch).sum().clamp(min=1)),
+            "action_token_loss": (output.action_token_loss, batch.action_token_mask.sum(dim=1), counts.action_tokens),
         }
         means = {name: (loss * each).sum() / count for name, (loss, each, count) in sums.items() if loss is not None}
         if output.advantage is not None:

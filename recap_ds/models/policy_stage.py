@@ -15,10 +15,12 @@ from recap_ds.algo.advantage import INDICATOR_IDS
 from recap_ds.algo.iql import extraction_weight
 from recap_ds.batch import TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
+from recap_ds.models.action_tokens import with_action_tokens
 from recap_ds.models.experts import ActionExpert
 from recap_ds.models.flow_losses import evaluate_flow, flow_losses, source_weight
 from recap_ds.models.losses import EvaluationOutput, LossNormalizers, TrainOutput
 from recap_ds.models.pixels import to_pixels, training_pixels
+from recap_ds.models.prefixes import detached
 from recap_ds.models.vlm import VisionLanguageModel
 
 
@@ -41,13 +43,15 @@ def policy_step(
     pixels = training_pixels(batch.observation.images, batch.augmentation, augmented)
     prefix = parts.vlm(batch.observation, pixels)
     indicator, weight = _extraction(config, batch, sigma)
-    flow = flow_losses(parts.action_expert, batch, prefix, indicator, weight)
-    return TrainOutput(
+    for_policy = detached(prefix) if config.model.stop_gradient else prefix
+    flow = flow_losses(parts.action_expert, batch, for_policy, indicator, weight)
+    output = TrainOutput(
         loss=config.iql.policy_loss_weight * flow.policy_sum / normalizers.flow,
         policy_loss=flow.policy_loss,
         weight=weight,
         indicator=indicator,
     )
+    return with_action_tokens(output, parts.vlm, config, batch, prefix, normalizers)
 
 
 @torch.no_grad()

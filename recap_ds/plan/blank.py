@@ -30,6 +30,8 @@ def blank_batch(config: PiStarRECAPConfig, batch_size: int, num_cameras: int) ->
         actions=of(real, horizon, action_dim),
         action_valid=of(flag, horizon),
         action_dim_mask=of(flag, action_dim),
+        action_tokens=of(whole, config.num_action_tokens),
+        action_token_mask=of(flag, config.num_action_tokens),
         next_observation=observation(),
         td_valid=of(flag),
         td_action_valid=of(flag, horizon),

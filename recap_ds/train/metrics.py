@@ -26,6 +26,9 @@ SOURCE_COLUMNS = (
     "td_samples",
     "v_samples",
     "weight_sum",
+    "action_tokens",
+    "action_token_loss_sum",
+    "action_tokens_correct",
 )
 TASK_COLUMNS = ("labelled", "labelled_positive", "forced", "samples")
 # "replaced" is last: it is the one sum that a skipped step adds to.
@@ -58,7 +61,7 @@ class StepMetrics:
         """One micro-batch of the step under way. Nothing here waits for the device."""
         source_sums, task_sums, scalar_sums = self._tables(self._step)
         flow_elements = count_flow_elements(batch)
-        td = batch.td_valid.double()
+        td, action_tokens = batch.td_valid.double(), batch.action_token_mask.sum(dim=1).double()
         nothing = torch.zeros_like(td)
 
         def column(values: Tensor | None) -> Tensor:
@@ -74,6 +77,9 @@ class StepMetrics:
                 td,
                 value_mask(self._config, batch).double(),
                 column(output.weight),
+                action_tokens,
+                column(output.action_token_loss) * action_tokens,
+                column(output.action_token_accuracy) * action_tokens,
             ],
             dim=1,
         )
@@ -149,6 +155,14 @@ def _losses(source: Tensor, totals: dict[str, float], output: TrainOutput) -> di
         "td_error": (output.td_error, _ratio(totals["td_error_sum"], td)),
         "value_mae": (output.value_error, _ratio(totals["value_error_sum"], whole["v_samples"])),
         "weight_clip_fraction": (output.weight, _ratio(totals["clipped"], samples)),
+        "action_token_loss": (
+            output.action_token_loss,
+            _ratio(whole["action_token_loss_sum"], whole["action_tokens"]),
+        ),
+        "action_token_accuracy": (
+            output.action_token_accuracy,
+            _ratio(whole["action_tokens_correct"], whole["action_tokens"]),
+        ),
         "indicator_dropped_fraction": (output.indicator, _ratio(totals["indicator_dropped"], samples)),
     }
     return {
@@ -168,6 +182,8 @@ def _source_metrics(row: dict[str, float], output: TrainOutput) -> dict[str, flo
         "policy_loss": (output.policy_loss, "flow_sum", "flow_elements"),
         "q_loss": (output.q_loss, "q_loss_sum", "td_samples"),
         "v_loss": (output.v_loss, "v_loss_sum", "v_samples"),
+        "action_token_loss": (output.action_token_loss, "action_token_loss_sum", "action_tokens"),
+        "action_token_accuracy": (output.action_token_accuracy, "action_tokens_correct", "action_tokens"),
     }
     present = {name: (total, count) for name, (part, total, count) in figures.items() if part is not None}
     means = {name: row[total] / row[count] for name, (total, count) in present.items() if row[count]}

@@ -34,6 +34,7 @@ from recap_ds.errors import RunStopped, UsageError
 from recap_ds.models.backbones import check_vlm
 from recap_ds.models.export_tokenizer import load_tokenizer
 from recap_ds.models.policy import PiStarRECAPPolicy
+from recap_ds.processing.action_tokens import build_action_tokenizer
 from recap_ds.processing.contract import RobotContract, TaskContract
 from recap_ds.processing.normalize import Normalizer
 from recap_ds.processing.tokens import Tokenizer
@@ -127,7 +128,10 @@ def plan_session(config: PiStarRECAPConfig, ds_path: str | Path, info: RankInfo)
     check_vlm(config, None if start is None else start.vlm)
     normalizer = Normalizer.of(manifest.merged_statistics("state"), manifest.merged_statistics("actions"), config)
     tokenizer = _tokenizer(config, start)
-    assembler = Assembler(shard_set, config, tokenizer, normalizer, scale, labels)
+    action_tokenizer = None
+    if config.learns_action_tokens:
+        action_tokenizer = build_action_tokenizer(config.model, config.chunk_size, manifest.action_dim)
+    assembler = Assembler(shard_set, config, tokenizer, normalizer, scale, labels, action_tokenizer)
     dataset = _dataset(assembler, config, sizes, info, run)
     contract = _contract(config, shard_set, normalizer, scale)
     return Plan(config, info, sizes, ds_config, precision, run, dataset, normalizer, contract, tasks, start)

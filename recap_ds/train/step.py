@@ -74,7 +74,8 @@ def take_step(
         metrics.add(batch, output)
         if session.ring is not None:
             rows.append(ring_rows(batch, output, config.recap.demos))
-        losses = [loss for loss in (output.policy_loss, output.q_loss, output.v_loss) if loss is not None]
+        heads = (output.policy_loss, output.q_loss, output.v_loss, output.action_token_loss)
+        losses = [loss for loss in heads if loss is not None]
         sample_losses.append(torch.stack(losses).detach().sum(dim=0))
     zero_stale_gradients(engine)
     applied = step_was_applied(engine)

@@ -95,7 +95,7 @@ def test_figures_do_not_depend_on_the_number_of_ranks(trained, evaluation):
     scale = AdvantageScale(*(torch.zeros(len(tasks)) for _ in range(3)))
 
     def forward(batch: TransitionBatch) -> EvaluationOutput:
-        return policy(batch, "evaluate", scale, normalizers(torch.ones(3)), False)
+        return policy(batch, "evaluate", scale, normalizers(torch.ones(4)), False)
 
     batches = [EvaluationBatches(assembler, policy.config, rank=rank, world=2) for rank in range(2)]
     assert len(batches[0]) == len(batches[1]) == 3, "the last rank's last batch is all padding or nearly"

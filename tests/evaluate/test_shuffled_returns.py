@@ -77,7 +77,7 @@ def gates_after_training(folder: Path) -> dict[str, Any]:
     policy.eval()
     scale = AdvantageScale(*(torch.zeros(len(manifest.tasks)) for _ in range(3)))
     records = collect_records(
-        lambda batch: policy(batch, "evaluate", scale, normalizers(torch.ones(3)), False),
+        lambda batch: policy(batch, "evaluate", scale, normalizers(torch.ones(4)), False),
         EvaluationBatches(assembler, CONFIG, rank=0, world=1),
         torch.device("cpu"),
     )
