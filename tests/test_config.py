@@ -191,6 +191,18 @@ def test_a_wrong_override_is_refused_in_one_line(override, expected):
             "model.stop_gradient: in stage policy nothing but the expert trains the VLM",
         ),
         (
+            ["model.action_token_weight=1", "model.freeze_vlm=false", "data.normalization=quantile"],
+            "model.action_token_weight: tokens attend to every layer of the VLM, which is kept for pi_joint alone",
+        ),
+        (
+            ["model.action_token_weight=1", "model.action_expert=pi_joint", "data.normalization=quantile"],
+            "model.action_token_weight: would train the VLM, which is frozen",
+        ),
+        (
+            ["model.action_token_weight=1", "model.action_expert=pi_joint", "lora.enabled=true"],
+            "model.action_token_weight: tokens stand for actions of [-1, 1]; set data.normalization=quantile",
+        ),
+        (
             ["training.stage=policy", "recap.sft=true", "evaluation.gate=mae"],
             "evaluation.gate: stage policy has no value function to take 'mae' of",
         ),

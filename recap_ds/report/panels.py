@@ -45,6 +45,8 @@ CHAPTERS: dict[str, tuple[Panel, ...]] = {
         Panel("Policy loss", _both("policy_loss"), LOG),
         Panel("V loss", _both("v_loss"), LOG),
         Panel("Q loss", _both("q_loss"), LOG),
+        Panel("Loss of action tokens", (Series("training", "train/action_token_loss"),), LOG),
+        Panel("Action tokens predicted", (Series("share right", "train/action_token_accuracy"),), FROM_ZERO),
     ),
     "Held-out figures": (
         Panel(

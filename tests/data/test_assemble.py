@@ -18,19 +18,20 @@ from tests.data.tiny_shards import flat_episode, scale_of, tiny_config, write_ti
 G = 0.99 ** (1 / 4)  # per frame, of a chunk of 4
 
 
-def assembler_of(shard_set, config, labels=None) -> Assembler:
+def assembler_of(shard_set, config, labels=None, action_tokenizer=None) -> Assembler:
     normalizer = Normalizer(
         "mean_std",
         Affine(np.zeros(3, np.float32), np.ones(3, np.float32), 4),
         Affine(np.zeros(2, np.float32), np.ones(2, np.float32), 3),
     )
-    return Assembler(shard_set, config, ByteTokenizer(), normalizer, scale_of(config, shard_set.manifest), labels)
+    scale = scale_of(config, shard_set.manifest)
+    return Assembler(shard_set, config, ByteTokenizer(), normalizer, scale, labels, action_tokenizer)
 
 
-def batch_of(shard_set, frames: list[int], config=None, valid=None, labels=None):
+def batch_of(shard_set, frames: list[int], config=None, valid=None, labels=None, action_tokenizer=None):
     """The samples at ``frames`` of a folder that holds one episode."""
     config = config or tiny_config()
-    assembler = assembler_of(shard_set, config, labels)
+    assembler = assembler_of(shard_set, config, labels, action_tokenizer)
     samples = np.array([int(np.flatnonzero(shard_set.table.frame == frame)[0]) for frame in frames])
     size = len(samples)
     draws = BatchDraws(
@@ -48,6 +49,25 @@ def check_close(tensor: torch.Tensor, expected) -> None:
     torch.testing.assert_close(tensor, torch.tensor(expected, dtype=tensor.dtype), rtol=1e-6, atol=1e-6)
 
 
+class Counting:
+    """Every value is its own token."""
+
+    vocab_size = 100
+
+    def encode(self, actions):
+        return (actions.flatten() + 50).astype(int).tolist()
+
+
+def test_action_tokens_are_of_the_frames_and_dims_that_exist(tmp_path):
+    config = tiny_config(model={**tiny_config().model.model_dump(), "max_action_tokens": 7})
+    batch = batch_of(
+        write_tiny(tmp_path, [flat_episode(2, 7)]), [0, 5, 6], config, [True, True, False], None, Counting()
+    )
+    # The robot has 2 of 3 dims; four frames are one token too many.
+    check_close(batch.action_tokens, [[70, 50, 71, 49, 72, 48, 73], [75, 45, 76, 44, 0, 0, 0], [0] * 7])
+    check_close(batch.action_token_mask, [[True] * 7, [True] * 4 + [False] * 3, [False] * 7])
+
+
 def test_a_successful_episode_by_hand(tmp_path):
     # 7 frames: the task's longest, so L = 7. Windows of 4 frames from 0, 2, 3 and 6.
     batch = batch_of(write_tiny(tmp_path, [flat_episode(2, 7)]), [0, 2, 3, 6])
@@ -57,6 +77,7 @@ def test_a_successful_episode_by_hand(tmp_path):
     check_close(batch.action_dim_mask, [[True, True, False]] * 4)
     check_close(batch.td_action_valid, batch.action_valid.tolist())
     check_close(batch.td_valid, [True] * 4)
+    assert batch.action_tokens.shape == batch.action_token_mask.shape == (4, 0)
     # From frame 3 the window of 4 holds the last frame, 6: the task ends in it, and its last reward is 0.
     check_close(batch.continues, [1, 1, 0, 0])
     check_close(batch.chunk_reward, [-(1 + G + G**2 + G**3) / 7, -(1 + G + G**2 + G**3) / 7, -(1 + G + G**2) / 7, 0])

@@ -17,7 +17,9 @@ from tests.models.tiny_policy import READY, gradients, rows, train
 from tests.tiny import random_batch, tiny_config, wake
 
 
-def compare(ds: dict[str, Any], runtime: Runtime, version: str, told: str, insulated: bool) -> dict[str, Any]:
+def compare(
+    ds: dict[str, Any], runtime: Runtime, version: str, told: str, insulated: bool, tokens: bool = False
+) -> dict[str, Any]:
     """Gradients of two ranks with half of a batch each, and of a plain module with all of it."""
     config = tiny_config(
         model={
@@ -26,7 +28,10 @@ def compare(ds: dict[str, Any], runtime: Runtime, version: str, told: str, insul
             "pi_version": version,
             "advantage_conditioning": told,
             "stop_gradient": insulated,
+            "action_token_weight": float(tokens),
+            "max_action_tokens": 8,
         },
+        data={"normalization": "quantile"},
         lora={"enabled": True, "rank": 2},
         training={"activation_checkpointing": True},
     )
@@ -70,6 +75,7 @@ def scenarios(runtime: Runtime) -> dict[str, Any]:
     cases = {
         "pi05 text": ("pi05", "text", False),
         "pi05 insulated": ("pi05", "embedding", True),
+        "pi05 tokens": ("pi05", "text", True, True),
         "pi0": ("pi0", "embedding", False),
     }
     return {name: compare(ds, runtime, *case) for name, case in cases.items()}

@@ -10,7 +10,7 @@ def ranks():
     return run_ranks("joint_expert_worker", 2)
 
 
-@pytest.mark.parametrize("case", ["pi05 text", "pi05 insulated", "pi0"])
+@pytest.mark.parametrize("case", ["pi05 text", "pi05 insulated", "pi05 tokens", "pi0"])
 def test_sharded_gradients_are_those_of_one_dense_process(ranks, case):
     for rank in ranks:
         result = rank[case]

@@ -88,8 +88,23 @@ def test_evaluation_is_measured_at_its_own_batch_size():
     assert large == pytest.approx(2 * small, rel=0.1)
 
 
-def test_a_blank_batch_has_the_shapes_of_a_real_one():
-    config = tiny_config()
+def test_action_tokens_are_measured_too():
+    model = {"action_expert": "pi_joint", "action_expert_num_heads": 4, "stop_gradient": True}
+    kind = {"data": {"normalization": "quantile"}, **LORA}
+    learning = {**kind, "model": {**model, "action_token_weight": 1.0, "max_action_tokens": 8}}
+    planned, real = measure_both(step_config(learning, True), torch.bfloat16)
+    assert planned.saved_bytes == pytest.approx(real.saved_bytes, rel=0.05)
+    assert planned.peak_bytes == pytest.approx(real.peak_bytes, rel=0.05)
+    assert planned.visits == real.visits
+    plain = measure_on_meta(build_on_meta(step_config({**kind, "model": model}, True), torch.bfloat16, None), 2)
+    assert planned.flops > plain.flops and len(planned.visits) > len(plain.visits)
+
+
+@pytest.mark.parametrize("num_action_tokens", [0, 8])
+def test_a_blank_batch_has_the_shapes_of_a_real_one(num_action_tokens):
+    learning = {"action_expert": "pi_joint", "action_token_weight": float(num_action_tokens), "max_action_tokens": 8}
+    config = tiny_config(model=learning, **LORA, data={"normalization": "quantile"})
+    assert config.num_action_tokens == num_action_tokens
     shapes = [
         [(tuple(part.shape), part.dtype) for part in leaves(batch)]
         for batch in (blank_batch(config, 8, NUM_CAMERAS), random_batch(config, 8, seed=0, num_cameras=NUM_CAMERAS))

@@ -178,4 +178,23 @@ def test_a_stage_logs_what_it_has():
     kept = {name: value for name, value in expected.items() if "q_loss" not in name and "v_loss" not in name}
     kept = {name: value for name, value in kept.items() if name not in ("train/target_gap", "train/td_error")}
     assert {name: found[name] for name in kept} == pytest.approx(kept)
-    assert not [name for name in found if "q_loss" in name or "v_loss" in name or "advantage" in name]
+    absent = ("q_loss", "v_loss", "advantage", "action_token")
+    assert not [name for name in found if any(part in name for part in absent)]
+
+
+def test_action_tokens_count_each_and_not_each_sample():
+    config = tiny_config(
+        model={"action_expert": "pi_joint", "action_token_weight": 1.0, "max_action_tokens": 9},
+        lora={"enabled": True},
+        data={"normalization": "quantile"},
+    )
+    batches, outputs = step_of(config, num_micro_batches=2)
+    loss, accuracy = torch.linspace(1.0, 3.0, 8), torch.linspace(0.2, 0.9, 8)
+    outputs = [output._replace(action_token_loss=loss, action_token_accuracy=accuracy) for output in outputs]
+    found = summarised(config, batches, outputs)
+    counts = sum(batch.action_token_mask.sum(dim=1) for batch in batches)
+    demo = torch.arange(8) % 3 == 0
+    for name, values in (("loss", loss), ("accuracy", accuracy)):
+        for place, chosen in (("", slice(None)), ("demo/", demo)):
+            expected = (values * counts)[chosen].sum().item() / counts[chosen].sum().item()
+            assert found[f"train/{place}action_token_{name}"] == pytest.approx(expected)
