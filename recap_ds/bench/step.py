@@ -54,7 +54,12 @@ FIXED = (
     "training.num_warmup_steps=100",
     "training.start_from=null",
 )
-FROZEN = ("model.freeze_vlm=true", "lora.enabled=false", "model.stop_gradient=false")
+FROZEN = (
+    "model.freeze_vlm=true",
+    "lora.enabled=false",
+    "model.stop_gradient=false",
+    "model.action_token_weight=0",
+)
 ENGINE, JOINT, POLICY = "engine", "joint_frozen", "policy_frozen"
 SHARDS_NAME = "shards"
 

@@ -53,7 +53,7 @@ def consolidate(
     vlm, adapter = split_adapter(_below(opened.tensors, vlm_prefix(recipe)))
     if merge:
         vlm, adapter = merged(vlm, adapter, recipe.lora), {}
-        recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"enabled": False})})
+        recipe = merged_recipe(recipe)
     heads = [head for head in recipe.heads if not (adapter_only or (policy_only and head in CRITICS))]
     contents = ExportContents(
         config=recipe,
@@ -69,6 +69,13 @@ def consolidate(
         results=around.results,
     )
     return write_export(out, contents, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+
+
+def merged_recipe(recipe: PiStarRECAPConfig) -> PiStarRECAPConfig:
+    """Of a policy whose adapters are part of its weights, with no loss left that only adapters would learn by."""
+    lora = recipe.lora.model_copy(update={"enabled": False})
+    model = recipe.model.model_copy(update={"action_token_weight": 0.0})
+    return recipe.model_copy(update={"lora": lora, "model": model})
 
 
 def _below(tensors: Sources, prefix: str) -> Sources:

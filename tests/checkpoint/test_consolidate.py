@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from recap_ds.checkpoint import layout
-from recap_ds.checkpoint.consolidate import consolidate
+from recap_ds.checkpoint.consolidate import consolidate, merged_recipe
+from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.models.losses import local_counts, normalizers
 from recap_ds.models.pixels import to_pixels
@@ -62,6 +63,18 @@ def test_transformers_loads_the_vlm_and_peft_the_adapter(two_ranks, tmp_path):
     torch.testing.assert_close(features(policy).hidden, adapted.hidden, rtol=0, atol=1e-5)
     with peft_model.disable_adapter():
         assert (features(policy).hidden - adapted.hidden).abs().max() > 1e-4  # the adapter does something
+
+
+def test_settings_of_a_merged_policy_hold_together():
+    learning = tiny_config(
+        model={"action_expert": "pi_joint", "action_token_weight": 1.0, "stop_gradient": True},
+        lora={"enabled": True},
+        data={"normalization": "quantile"},
+        training={"stage": "policy"},
+        recap={"sft": True},
+    )
+    merged = PiStarRECAPConfig(**merged_recipe(learning).model_dump())
+    assert not merged.lora.enabled and not merged.learns_action_tokens and merged.model.stop_gradient
 
 
 def test_merged_weights_see_what_the_adapter_sees(two_ranks, tmp_path):
