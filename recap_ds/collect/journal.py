@@ -125,8 +125,8 @@ class Journal:
             raise RunFailed(f"{work}: {error}; mend that and start again") from error
 
     def names(self) -> list[str]:
-        """Of the folders of waiting episodes."""
-        return sorted(path.name for path in self._folder.iterdir() if path.is_dir())
+        """Of the folders of waiting episodes; not of one that was being written when we were interrupted."""
+        return sorted(path.name for path in self._folder.iterdir() if path.is_dir() and path.suffix != ".tmp")
 
     def read(self, name: str) -> WaitingEpisode:
         """DamagedEpisode where it is not what was written."""

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from recap_ds.collect import journal as journal_module
 from recap_ds.collect.handover import take_over
 from recap_ds.collect.job import AUTO, DEMO
 from recap_ds.collect.journal import JOURNAL_NAME, SET_ASIDE_NAME, Label, open_journal
@@ -126,6 +127,21 @@ def test_what_is_damaged_is_set_aside_and_blocks_nobody(tmp_path, damage):
     first, second = hand_over(job)
     assert first.startswith("k_auto-000000, left by an earlier collection: cannot be read (") and "\n" not in first
     assert second.startswith("1 episodes of k_auto in") and set_aside(job) == ["k_auto-000000"]
+
+
+def test_an_interrupt_while_an_episode_is_written_costs_that_one_alone(tmp_path, monkeypatch):
+    job = without_policy(tmp_path, {AUTO: 2}, name="k")
+    leave(job, 0)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    with open_journal(tmp_path) as journal, monkeypatch.context() as patch:
+        patch.setattr(journal_module, "sync_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            journal.add(played(), Label("k_auto", 1, "auto", "reach_red", "told", 10.0, ""), job.provenance(AUTO))
+        assert [path.name for path in (tmp_path / JOURNAL_NAME).glob("*.tmp")] == ["k_auto-000001.tmp"]
+        assert [waiting.episode.name for waiting in journal.waiting()] == ["k_auto/000000"]
 
 
 def test_an_episode_of_numbers_that_no_shard_holds_is_not_kept(tmp_path):
