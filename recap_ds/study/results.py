@@ -39,7 +39,7 @@ class UnitResult(NamedTuple):
     fps: float
     entries: list[Entry]
     notes: dict[str, Any]  # of its critic and labels
-    seconds: dict[str, float]  # of its jobs
+    seconds: dict[str, float]  # of its jobs, as far as they ran in the session that finished the unit
 
 
 class StudyResults:

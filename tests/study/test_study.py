@@ -14,6 +14,8 @@ import yaml
 
 from recap_ds.cli.main import main
 from recap_ds.files.records import write_checked_json
+from recap_ds.study import unit
+from recap_ds.study.programs import Crew
 from tests.distributed.harness import REPOSITORY
 
 PROGRAMS = Path(__file__).with_name("programs")
@@ -159,6 +161,40 @@ def test_an_arm_may_judge_the_policy_of_another_under_other_guidances(desk, caps
         "strong-seed0: studies/toy/plain-seed0/policy, which it needs, is not trained; run its arm first"
         in one_line(capsys)
     )
+
+
+def test_a_further_round_is_collected_by_the_policy_of_another_arm_and_joins_the_data(desk, monkeypatch):
+    desk.values |= {"seeds": [4], "env_settings": ["env.image_size=32"]}
+    after = {"by": "plain", "guidance_beta": 1.5, "collect": {"episodes": 6, "corrections": 2}}
+    desk.values["arms"] = {"plain": {"method": "imitation"}, "next": {"method": "imitation", "after": after}}
+    verbs, merges = [], []
+
+    def merge(folders, out):
+        merges.append([*map(str, folders), str(out)])
+        out.mkdir()
+        (out / "manifest.json").write_text("{}")
+
+    def verb(crew, what, log, *words):
+        log.parent.mkdir()
+        verbs.append(list(words))
+
+    monkeypatch.setattr(Crew, "verb", verb)
+    monkeypatch.setattr(unit, "merge_shards", merge)
+    assert desk.study() == 0
+    folder = "studies/toy/next-seed4"
+    assert verbs == [
+        [
+            *("collect", "--env", "reach", "--out", f"{folder}/collected", "--name", "study_plain"),
+            *("--episodes", "6", "--corrections", "2"),
+            *("--checkpoint", "studies/toy/plain-seed4/policy", "--seed", "4"),
+            *("evaluation.indicators=[positive]", "evaluation.guidance_betas=[1.5]", "env.image_size=32"),
+        ]
+    ]
+    assert merges == [["studies/toy/data", f"{folder}/collected", f"{folder}/data"]]
+    (train,) = [line for line in Path("journal").read_text().splitlines() if f'"runs_dir={folder}"' in line]
+    assert f'"data.shards={folder}/data"' in train and '"training.start_from=studies/toy/pretrain"' in train
+    desk.results.unlink()
+    assert desk.study() == 0 and len(verbs) == len(merges) == 1, "what is there is not collected again"
 
 
 def test_a_unit_that_failed_in_the_middle_goes_on_with_the_job_that_failed(desk, capsys):
