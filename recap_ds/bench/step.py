@@ -19,12 +19,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from recap_ds.bench.made_policy import Expert
 from recap_ds.bench.phases import PHASES
 from recap_ds.bench.step_rank import RESULT_NAME, Taken
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.distributed.runtime import RankInfo
 from recap_ds.envs.scripted import write_reach_shards
-from recap_ds.errors import RunFailed
+from recap_ds.errors import RunFailed, UsageError
 from recap_ds.recipe import dump_config, load_config
 from recap_ds.train.session import plan_session
 
@@ -46,6 +47,8 @@ RECIPE = (
     "model.qv_num_heads=4",
     "training.batch_size=32",
 )
+# With --expert pi_joint: as many layers as the tiny VLM, the advantage in words.
+PI_JOINT = ("model.action_expert=pi_joint", "model.action_expert_num_layers=2", "model.advantage_conditioning=text")
 # What a measurement needs and a recipe has no say in.
 FIXED = (
     "data.num_workers=0",
@@ -64,13 +67,30 @@ ENGINE, JOINT, POLICY = "engine", "joint_frozen", "policy_frozen"
 SHARDS_NAME = "shards"
 
 
+def small_recipe(recipe: Path | None, expert: Expert | None) -> Sequence[str]:
+    """Settings that stand in for a recipe that was not given."""
+    if recipe is None:
+        return (*RECIPE, *PI_JOINT) if expert == "pi_joint" else RECIPE
+    if expert is not None:
+        raise UsageError(f"--expert {expert}: {recipe} has one of its own, model.action_expert; leave it out")
+    return ()
+
+
 def bench_step(
-    recipe: Path | None, overrides: Sequence[str], ds_path: str, num_ranks: int, num_repeats: int
+    recipe: Path | None,
+    overrides: Sequence[str],
+    ds_path: str,
+    num_ranks: int,
+    num_repeats: int,
+    expert: Expert | None = None,
 ) -> dict[str, Any]:
-    """Figures as JSON; UsageError where the recipe or the DeepSpeed configuration cannot be trained."""
+    """Figures as JSON; ``expert``: of the small recipe.
+
+    UsageError where the recipe or the DeepSpeed configuration cannot be trained.
+    """
     with tempfile.TemporaryDirectory(prefix="recap_ds_bench_") as temporary:
         folder = Path(temporary)
-        for name, config in configurations(folder, recipe, overrides).items():
+        for name, config in configurations(folder, recipe, [*small_recipe(recipe, expert), *overrides]).items():
             plan_session(config, ds_path, RankInfo(world=num_ranks, local_world=num_ranks))  # refuses what is wrong
             (folder / f"{name}.yaml").write_text(dump_config(config), encoding="utf-8")
         command = [sys.executable, "-m", "recap_ds.bench.step_rank", str(folder), ds_path, str(num_repeats)]
@@ -81,7 +101,7 @@ def bench_step(
 
 def configurations(folder: Path, recipe: Path | None, overrides: Sequence[str]) -> dict[str, PiStarRECAPConfig]:
     """By the names of their trainers. Without shards, some of the built-in task are made in ``folder``."""
-    settings = [*(() if recipe else RECIPE), *overrides, *FIXED]
+    settings = [*overrides, *FIXED]
     given = load_config(recipe, settings)
     if given.data.shards is None:
         made = folder / SHARDS_NAME

@@ -81,6 +81,7 @@ def add_step(benches: argparse._SubParsersAction) -> None:
         epilog="example: recap-ds bench step --repeats 15 training.batch_size=128",
     )
     parser.add_argument("--config", metavar="YAML", type=Path, help="recipe (default: a small one)")
+    parser.add_argument("--expert", choices=("dit_cross", "pi_joint"), help="of the small one (default: dit_cross)")
     parser.add_argument(
         "--deepspeed", metavar="JSON", default="ds_configs/zero3.json", help="see ds_configs/ (default: %(default)s)"
     )
@@ -95,7 +96,7 @@ def run_step(args: argparse.Namespace) -> int:
     num_repeats = parse_count("--repeats", args.repeats, 1, MAX_REPEATS)
     from recap_ds.bench.step import bench_step, table  # torch takes a second
 
-    figures = bench_step(args.config, args.overrides, args.deepspeed, num_ranks, num_repeats)
+    figures = bench_step(args.config, args.overrides, args.deepspeed, num_ranks, num_repeats, args.expert)
     print("\n".join(table(figures)), file=sys.stderr)
     print(json.dumps(figures))
     return 0

@@ -10,6 +10,7 @@ from recap_ds.bench.phases import PHASES
 from recap_ds.bench.step_rank import in_turn
 from recap_ds.cli.main import main
 from recap_ds.errors import RunFailed
+from recap_ds.models.backbones import check_vlm
 from recap_ds.recipe import dump_config
 from tests.distributed.harness import REPOSITORY, run_ranks
 
@@ -29,7 +30,7 @@ SMALL = (
 
 
 def small_configurations(folder, *overrides):
-    return bench.configurations(folder, None, [*SMALL, *overrides])
+    return bench.configurations(folder, None, [*bench.small_recipe(None, None), *SMALL, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,13 @@ def test_what_is_compared_differs_in_nothing_else(tmp_path):
     assert joint["training"] | {"stage": "policy"} == policy["training"]
     assert joint["data"] == policy["data"] == engine["data"]
     assert (tmp_path / "shards" / "manifest.json").is_file()
+
+
+def test_the_joint_expert_fits_the_small_recipe(tmp_path):
+    configs = bench.configurations(tmp_path, None, [*bench.small_recipe(None, "pi_joint"), "data.shards=mine"])
+    for config in configs.values():
+        check_vlm(config)
+        assert (config.model.action_expert, config.is_told_in_words) == ("pi_joint", True)
 
 
 def test_shards_of_the_user_are_taken(tmp_path):
@@ -143,6 +151,7 @@ def test_a_rank_that_fails_ends_the_others_and_says_why(tmp_path):
         (["--ranks", "0"], "--ranks 0: give a count"),
         (["--repeats", "0"], "--repeats 0: give a count"),
         (["--config", "missing.yaml"], "--config missing.yaml: cannot be read"),
+        (["--config", "some.yaml", "--expert", "pi_joint"], "--expert pi_joint: some.yaml has one of its own"),
         (["training.batch=3"], "batch_size"),
         (["--deepspeed", "missing.json"], "--deepspeed missing.json: No such file"),
         (["data.shards=missing"], "missing"),
