@@ -16,6 +16,7 @@ from recap_ds.study.results import StudyResults
 from recap_ds.study.table import Pooled, pool, study_rows, success_rate, throughput
 
 PICTURE_TITLE = "Success rate"
+GUIDANCE_NOTE = "in brackets: guidance"
 
 
 def study_page(recipe: StudyRecipe, results: StudyResults) -> str:
@@ -69,13 +70,13 @@ def success_chart(rows: Sequence[Pooled], tasks: Sequence[str], title: str) -> s
         seeds = tuple(success_rate(one.episodes(tasks)) for one in row.by_seed())
         note = f"{sum(episodes.success)} of {len(episodes.success)}"
         value = success_rate(episodes)
-        intervals.append(Interval(_name(row), value, low, high, note, _color(row, rows), points=seeds))
-    return interval_chart(title, intervals)
+        intervals.append(Interval(_short_name(row), value, low, high, note, _color(row, rows), points=seeds))
+    return interval_chart(title, intervals, note=GUIDANCE_NOTE)
 
 
 def _throughput_chart(rows: Sequence[Pooled], tasks: Sequence[str]) -> str:
-    intervals = [Interval(_name(row), *throughput(row, tasks), color=_color(row, rows)) for row in rows]
-    return interval_chart("Successes per hour", intervals, note="the time of failures counts")
+    intervals = [Interval(_short_name(row), *throughput(row, tasks), color=_color(row, rows)) for row in rows]
+    return interval_chart("Successes per hour", intervals, note=f"the time of failures counts; {GUIDANCE_NOTE}")
 
 
 def _critic_table(rows: Sequence[Pooled]) -> str:
@@ -94,6 +95,11 @@ def _critic_table(rows: Sequence[Pooled]) -> str:
 def _interval(row: Pooled, tasks: Sequence[str]) -> tuple[float, float]:
     episodes = row.episodes(tasks)
     return wilson_interval(sum(episodes.success), len(episodes.success))
+
+
+def _short_name(row: Pooled) -> str:
+    """What fits beside a bar."""
+    return f"{row.arm} ({row.guidance_beta:g})" if row.unit_has_more() else row.arm
 
 
 def _color(row: Pooled, rows: Sequence[Pooled]) -> int:
