@@ -24,7 +24,7 @@ from recap_ds.batch import TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.models.flow_losses import source_weight
-from recap_ds.models.layers import attend_grouped, rotary_angles, rotate
+from recap_ds.models.layers import attend_grouped, line_up, rotary_angles, rotate, rotation
 from recap_ds.models.losses import LossNormalizers, TrainOutput
 from recap_ds.models.vlm import PrefixFeatures, VisionLanguageModel
 
@@ -105,12 +105,13 @@ def _encode(
     order = torch.arange(length, device=mask.device)
     # What pads sees itself, so that no row is without any key.
     own = (order[:, None] >= order) & (mask[:, None] | (order[:, None] == order))
-    visible = torch.cat([prefix.mask[:, None].expand(-1, length, -1), own], dim=2)[:, None]
-    rotary = language_model.rotary_emb
+    visible = torch.cat([prefix.mask[:, None].expand(-1, length, -1), own], dim=2)
+    rotary, text_config = language_model.rotary_emb, language_model.config
+    visible = line_up(visible, text_config.num_attention_heads // text_config.num_key_value_heads)
     angles = rotary_angles(prefix.mask.sum(dim=1, keepdim=True) + order, rotary.head_dim, rotary.theta)
-    x = embeddings
+    turn, x = rotation(angles, embeddings.dtype), embeddings
     for layer, keys, values in zip(language_model.layers, prefix.keys, prefix.values, strict=True):
-        arguments = (layer, x, angles, keys[:, :, :prefix_length], values[:, :, :prefix_length], visible)
+        arguments = (layer, x, turn, keys[:, :, :prefix_length], values[:, :, :prefix_length], visible)
         if checkpointing and torch.is_grad_enabled():
             x = checkpoint(_run_layer, *arguments, use_reentrant=False)
         else:
@@ -118,15 +119,15 @@ def _encode(
     return language_model.norm(x)
 
 
-def _run_layer(layer: nn.Module, x: Tensor, angles: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """x [B, M, D]; the prefix's key, value [B, K, T, d]; visible [B, 1, M, T + M], True = attends."""
+def _run_layer(layer: nn.Module, x: Tensor, turn: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """x [B, M, D]; the prefix's key, value [B, K, T, d]; visible from ``line_up``, True = attends."""
     attention = layer.self_attn
     normed = layer.input_layernorm(x)
     query, own_key, own_value = (
         projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    key = torch.cat([key, rotate(own_key, angles)], dim=2)
+    key = torch.cat([key, rotate(own_key, turn)], dim=2)
     value = torch.cat([value, own_value], dim=2)
-    x = x + attention.o_proj(attend_grouped(rotate(query, angles), key, value, visible))
+    x = x + attention.o_proj(attend_grouped(rotate(query, turn), key, value, visible))
     return x + layer.mlp(layer.post_attention_layernorm(x))

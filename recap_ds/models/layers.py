@@ -46,15 +46,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -
 def attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """[B, N, Q, d] over fewer key-value heads [B, K, T, d] -> [B, Q, N * d].
 
-    ``mask`` [B, 1, 1 or Q, T], True = attends; every row has to see something.
     The N / K heads that share a key line up as queries of it: any kernel of PyTorch then serves, and no key is copied.
+    ``mask`` is one for all queries, [B, 1, 1, T], or from ``line_up``; every row has to see something.
     """
     num_groups = query.shape[1] // key.shape[1]
-    if mask.shape[2] > 1:
-        mask = mask.repeat(1, 1, num_groups, 1)
     out = query.unflatten(1, (key.shape[1], num_groups)).flatten(2, 3)
     out = functional.scaled_dot_product_attention(out, key, value, attn_mask=mask)
     return out.unflatten(2, (num_groups, -1)).flatten(1, 2).transpose(1, 2).flatten(2)
+
+
+def line_up(mask: Tensor, num_groups: int) -> Tensor:
+    """[B, Q, T], True = attends -> [B, 1, N / K * Q, T] for ``attend_grouped``: once for all layers."""
+    return mask.repeat(1, num_groups, 1)[:, None]
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
@@ -63,9 +66,14 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     return positions[..., None].float() * theta**-exponent
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotary position embedding of [B, N, T, d] by [B, T, d / 2]: Gemma pairs a dim with the one half a head away."""
-    cos, sin = (part[:, None].to(x.dtype) for part in (angles.cos(), angles.sin()))
+def rotation(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    """Angles [B, T, d / 2] -> their cosines and sines [2, B, 1, T, d / 2] for ``rotate``: once for all layers."""
+    return torch.stack([angles.cos(), angles.sin()])[:, :, None].to(dtype)
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotary position embedding of [B, N, T, d] by a ``rotation``: Gemma pairs a dim with the one half a head away."""
+    cos, sin = turn.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

@@ -21,7 +21,16 @@ from torch.utils.checkpoint import checkpoint
 
 from recap_ds.algo.advantage import INDICATOR_IDS
 from recap_ds.models.advantage_words import read_by
-from recap_ds.models.layers import ZeroEmbedding, ZeroLinear, attend_grouped, rotary_angles, rotate, sincos_embedding
+from recap_ds.models.layers import (
+    ZeroEmbedding,
+    ZeroLinear,
+    attend_grouped,
+    line_up,
+    rotary_angles,
+    rotate,
+    rotation,
+    sincos_embedding,
+)
 from recap_ds.models.vlm import PrefixFeatures
 
 RMS_EPSILON = 1e-6
@@ -93,8 +102,8 @@ class PiAttention(nn.Module):
         self.v_proj = nn.Linear(dims.width, dims.num_kv_heads * dims.head_dim, bias=False)
         self.o_proj = nn.Linear(dims.num_heads * dims.head_dim, dims.width, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """x [B, F, S, D]; angles [B, F * S, d / 2]; key, value [B, K, P + E, d]; mask [B, F * S, P + E + F * S].
+    def forward(self, x: Tensor, turn: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """x [B, F, S, D]; turn [2, B, 1, F * S, d / 2]; key, value [B, K, P + E, d]; mask [B, 1, .., P + E + F * S].
 
         The draws of a sample line up in one row of queries, so that its prefix is not copied for each.
         """
@@ -103,9 +112,9 @@ class PiAttention(nn.Module):
             projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        key = torch.cat([key, rotate(own_key, angles)], dim=2)
+        key = torch.cat([key, rotate(own_key, turn)], dim=2)
         value = torch.cat([value, own_value], dim=2)
-        out = attend_grouped(rotate(query, angles), key, value, mask[:, None])
+        out = attend_grouped(rotate(query, turn), key, value, mask)
         return self.o_proj(out).unflatten(1, x.shape[1:3])
 
 
@@ -130,10 +139,10 @@ class PiLayer(nn.Module):
         self.mlp = PiMLP(dims)
 
     def forward(
-        self, x: Tensor, condition: Tensor | None, angles: Tensor, key: Tensor, value: Tensor, mask: Tensor
+        self, x: Tensor, condition: Tensor | None, turn: Tensor, key: Tensor, value: Tensor, mask: Tensor
     ) -> Tensor:
         normed, gate = self.input_layernorm(x, condition)
-        x = x + gate * self.self_attn(normed, angles, key, value, mask)
+        x = x + gate * self.self_attn(normed, turn, key, value, mask)
         normed, gate = self.post_attention_layernorm(x, condition)
         return x + gate * self.mlp(normed)
 
@@ -177,10 +186,10 @@ class PiJointExpert(nn.Module):
         num_draws, chunk_size = x_t.shape[1:3]
         x, condition = self._suffix(state, x_t, time, indicator)
         read = None if context.readers is None else read_by(context.readers, indicator)
-        mask = self._mask(context, read, valid, num_draws)
-        angles = self._angles(context, read, num_draws, x.shape[2])
+        mask = line_up(self._mask(context, read, valid, num_draws), self.dims.num_heads // self.dims.num_kv_heads)
+        turn = rotation(self._angles(context, read, num_draws, x.shape[2]), x.dtype)
         for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
-            arguments = (x, condition, angles, key, value, mask)
+            arguments = (x, condition, turn, key, value, mask)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:

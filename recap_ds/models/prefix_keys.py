@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from recap_ds.models.layers import attend_grouped, rotary_angles, rotate
+from recap_ds.models.layers import attend_grouped, line_up, rotary_angles, rotate, rotation
 
 
 class Sequences(NamedTuple):
@@ -26,18 +26,21 @@ class Sequences(NamedTuple):
     embeddings: Tensor  # [B, T + E, D]
     position_ids: Tensor  # [B, T + E]
     visible: Tensor  # [B, 1, 1, T] bool, True = may be attended to
-    visible_to_words: Tensor | None  # [B, 1, E, T + E] bool, True = attends; None without words
+    visible_to_words: Tensor | None  # [B, E, T + E] bool, True = attends; None without words
 
 
 def encode_with_keys(
     language_model: nn.Module, sequences: Sequences, checkpointing: bool
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The prefix's hidden states [B, T, D] after the last norm; per layer, rotated keys and values [B, K, T + E, d]."""
-    rotary = language_model.rotary_emb
+    rotary, text_config = language_model.rotary_emb, language_model.config
     angles = rotary_angles(sequences.position_ids, rotary.head_dim, rotary.theta)
+    turn, to_words = rotation(angles, sequences.embeddings.dtype), sequences.visible_to_words
+    if to_words is not None:
+        to_words = line_up(to_words, text_config.num_attention_heads // text_config.num_key_value_heads)
     x, keys, values = sequences.embeddings, [], []
     for layer in language_model.layers:
-        arguments = (layer, x, angles, sequences.visible, sequences.visible_to_words)
+        arguments = (layer, x, turn, sequences.visible, to_words)
         if checkpointing and torch.is_grad_enabled():
             x, key, value = checkpoint(_run_layer, *arguments, use_reentrant=False)
         else:
@@ -51,7 +54,7 @@ def encode_with_keys(
 
 
 def _run_layer(
-    layer: nn.Module, x: Tensor, angles: Tensor, visible: Tensor, visible_to_words: Tensor | None
+    layer: nn.Module, x: Tensor, turn: Tensor, visible: Tensor, visible_to_words: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention, prefix = layer.self_attn, slice(visible.shape[-1])
     normed = layer.input_layernorm(x)
@@ -59,7 +62,7 @@ def _run_layer(
         projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    query, key = rotate(query, angles), rotate(key, angles)
+    query, key = rotate(query, turn), rotate(key, turn)
     attended = attend_grouped(query[:, :, prefix], key[:, :, prefix], value[:, :, prefix], visible)
     if visible_to_words is not None:
         words = attend_grouped(query[:, :, prefix.stop :], key, value, visible_to_words)

@@ -188,8 +188,8 @@ def embed(
     if words is not None:
         # Each block goes on where the prefix's real tokens end, as if the other were not there.
         position_ids = torch.cat([position_ids, mask.sum(dim=1, keepdim=True) + words.order()], dim=1)
-        within = words.same_block().expand(len(mask), 1, -1, -1)
-        visible_to_words = torch.cat([visible.expand(-1, -1, within.shape[2], -1), within], dim=3)
+        within = words.same_block().expand(len(mask), -1, -1)
+        visible_to_words = torch.cat([visible[:, 0].expand(-1, within.shape[1], -1), within], dim=2)
     return Sequences(embeddings, position_ids, visible, visible_to_words), mask
 
 
