@@ -148,3 +148,18 @@ def _one_line(error: ValidationError) -> str:
         return message
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{place}: {message[0].lower()}{message[1:]}, got {first['input']!r}{more}"
+
+
+def first_fault(error: ValidationError, models: Sequence[type[BaseModel]], example: str) -> str:
+    """What is wrong with a recipe of another kind than training's, in a line. ``models``: whose fields are its keys."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"'{place}' is missing; see {example} for an example"
+    if first["type"] == "extra_forbidden":
+        known = [field for model in models for field in model.model_fields]
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        return f"unknown key '{place}'{f'; did you mean {near[0]!r}?' if near else ''}"
+    if first["type"] == "value_error":  # our own rules name their keys themselves
+        return first["msg"].removeprefix("Value error, ")
+    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

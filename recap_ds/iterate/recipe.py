@@ -14,7 +14,6 @@ Every iteration restarts from the same pre-trained checkpoints, never from the l
 the command runs.
 """
 
-import difflib
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,7 +23,7 @@ from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.label.job import OPEN_KEYS, check_keys
 from recap_ds.models.export_format import EXPORT_NAME
-from recap_ds.recipe import load_config, read_recipe
+from recap_ds.recipe import first_fault, load_config, read_recipe
 
 # What the iteration itself decides; a recipe's own values of these are replaced.
 OWN_KEYS = (
@@ -117,7 +116,8 @@ def load_iteration_recipe(path: str | Path) -> IterationRecipe:
     try:
         recipe = IterationRecipe(**read_recipe(path))
     except ValidationError as error:
-        raise UsageError(f"--config {path}: {_explain(error)}") from None
+        fault = first_fault(error, (IterationRecipe, TrainingJob, CollectJob), "recap_ds/iterate/recipe.py")
+        raise UsageError(f"--config {path}: {fault}") from None
     for name, job in (("critic", recipe.critic), ("label", recipe.label), ("policy", recipe.policy)):
         for text in job.settings:
             if text.partition("=")[0] in OWN_KEYS:
@@ -162,15 +162,3 @@ def _check_labels(recipe: IterationRecipe) -> None:
         raise UsageError(f"label.source={source} is not to be had from a critic with value.critic={critic}")
     if config.recap.demos != policy.recap.demos:
         raise UsageError(f"recap.demos is {config.recap.demos} for the labels and {policy.recap.demos} for the policy")
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    if first["type"] == "missing":
-        return f"'{place}' is missing; see recap_ds/iterate/recipe.py for an example"
-    if first["type"] == "extra_forbidden":
-        known = [*IterationRecipe.model_fields, *TrainingJob.model_fields, *CollectJob.model_fields]
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        return f"unknown key '{place}'{f'; did you mean {near[0]!r}?' if near else ''}"
-    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

@@ -16,7 +16,6 @@ A unit is one arm under one seed. The first arm is what the others are held agai
 arms stand here, an arm's seeds together; paths are as seen from where the command runs.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.label_records import LabelSettings
 from recap_ds.errors import UsageError
-from recap_ds.recipe import load_config, read_recipe
+from recap_ds.recipe import first_fault, load_config, read_recipe
 
 # What the study itself decides; a recipe's own values of these are replaced.
 OWN_KEYS = (
@@ -209,7 +208,8 @@ def load_study_recipe(path: str | Path) -> StudyRecipe:
     try:
         recipe = StudyRecipe(**read_recipe(path))
     except ValidationError as error:
-        raise UsageError(f"--config {path}: {_explain(error)}") from None
+        fault = first_fault(error, (StudyRecipe, Arm, Job, Collection, Evaluation, Round), "recap_ds/study/recipe.py")
+        raise UsageError(f"--config {path}: {fault}") from None
     if not Path(recipe.deepspeed).is_file():
         raise UsageError(f"--config {path}: deepspeed: there is no file {recipe.deepspeed}")
     _check_settings(path, recipe)
@@ -246,18 +246,3 @@ def _check_arm(recipe: StudyRecipe, name: str) -> None:
     labels = recipe.labels_wanted(arm)
     if labels.demos != config.recap.demos:
         raise UsageError(f"recap.demos is {labels.demos} for the labels and {config.recap.demos} for the policy")
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    if first["type"] == "missing":
-        return f"'{place}' is missing; see recap_ds/study/recipe.py for an example"
-    if first["type"] == "extra_forbidden":
-        models = (StudyRecipe, Arm, Job, Collection, Evaluation, Round)
-        known = [field for model in models for field in model.model_fields]
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        return f"unknown key '{place}'{f'; did you mean {near[0]!r}?' if near else ''}"
-    if first["type"] == "value_error":  # our own rules name their keys themselves
-        return first["msg"].removeprefix("Value error, ")
-    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

@@ -116,7 +116,7 @@ def test_a_kept_context_equals_one_computed_anew():
 def test_samples_do_not_see_each_other():
     expert, features, given = build(), prefix(), arguments()
     alone = expert(
-        expert.encode_prefix(PrefixFeatures(*(part[1:2] for part in features))),
+        expert.encode_prefix(PrefixFeatures(*(None if part is None else part[1:2] for part in features))),
         **{name: value[1:2] for name, value in given.items()},
     )
     torch.testing.assert_close(alone[0], velocity(expert)[1])

@@ -29,7 +29,7 @@ def session_on_a_cpu(**logging):
         info=RankInfo(),
         precision=Precision(torch.float32, ""),
         start=None,
-        contract=SimpleNamespace(cameras=("front", "wrist")),
+        contract=SimpleNamespace(slots=("front", "wrist")),
         sizes=BatchSizes(micro=4, accumulation=3, world=1),
     )
     return SimpleNamespace(plan=plan, runtime=SimpleNamespace(device=torch.device("cpu")))
