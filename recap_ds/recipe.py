@@ -24,6 +24,16 @@ _OPEN_KEYS = (
     "env.prompts.",
     "env.options.",
 )
+# What a command that runs several jobs decides for each; a recipe's own values of these are replaced.
+DRIVEN_KEYS = (
+    "name",
+    "runs_dir",
+    "data.shards",
+    "data.labels",
+    "training.stage",
+    "training.start_from",
+    "training.resume",
+)
 
 
 def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> PiStarRECAPConfig:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from recap_ds.cli.sizes import parse_bytes, parse_count
 
@@ -97,9 +98,7 @@ def run_step(args: argparse.Namespace) -> int:
     from recap_ds.bench.step import bench_step, table  # torch takes a second
 
     figures = bench_step(args.config, args.overrides, args.deepspeed, num_ranks, num_repeats, args.expert)
-    print("\n".join(table(figures)), file=sys.stderr)
-    print(json.dumps(figures))
-    return 0
+    return show(figures, table(figures))
 
 
 def add_loader(benches: argparse._SubParsersAction) -> None:
@@ -135,9 +134,7 @@ def run_loader(args: argparse.Namespace) -> int:
     from recap_ds.bench.loader import Settings, bench_loader, table  # torch takes a second
 
     figures = bench_loader(Settings(**settings))
-    print("\n".join(table(figures)), file=sys.stderr)
-    print(json.dumps(figures))
-    return 0
+    return show(figures, table(figures))
 
 
 def add_sample(benches: argparse._SubParsersAction) -> None:
@@ -184,6 +181,11 @@ def run_sample(args: argparse.Namespace) -> int:
 
     sizes = Sizes(expert=args.expert, **numbers)
     figures = bench_sample(sizes, num_repeats, clients, num_requests, max_batch, args.device)
-    print("\n".join(table(figures)), file=sys.stderr)
+    return show(figures, table(figures))
+
+
+def show(figures: dict[str, Any], table: list[str]) -> int:
+    """The table for people on stderr; what programs read is alone on stdout."""
+    print("\n".join(table), file=sys.stderr)
     print(json.dumps(figures))
     return 0

@@ -5,10 +5,8 @@ W = stored action width.
 """
 
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +24,7 @@ from recap_ds.data.remote_set import RemoteSet
 from recap_ds.data.survey import count_sources
 from recap_ds.data.tar import file_sha256
 from recap_ds.errors import UsageError
+from recap_ds.files.pool import process_pool
 from recap_ds.processing.images import decode_jpeg
 
 
@@ -52,7 +51,7 @@ def verify_shards(place: str | Path, jobs: int = 1, cache: ShardCache | None = N
     if jobs == 1:
         per_shard = [check(entry) for entry in manifest.shards]
     else:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("forkserver")) as pool:
+        with process_pool(jobs) as pool:
             per_shard = list(pool.map(check, manifest.shards))
     findings = [finding for part in per_shard for finding in part]
     listed = {entry.name for entry in manifest.shards}

@@ -23,18 +23,8 @@ from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.label.job import OPEN_KEYS, check_keys
 from recap_ds.models.export_format import EXPORT_NAME
-from recap_ds.recipe import first_fault, load_config, read_recipe
+from recap_ds.recipe import DRIVEN_KEYS, first_fault, load_config, read_recipe
 
-# What the iteration itself decides; a recipe's own values of these are replaced.
-OWN_KEYS = (
-    "name",
-    "runs_dir",
-    "data.shards",
-    "data.labels",
-    "training.stage",
-    "training.start_from",
-    "training.resume",
-)
 # Stands for the tag of labels that do not exist yet, where a config is checked before its iteration.
 LABELS_TO_COME = "to-come"
 
@@ -120,7 +110,7 @@ def load_iteration_recipe(path: str | Path) -> IterationRecipe:
         raise UsageError(f"--config {path}: {fault}") from None
     for name, job in (("critic", recipe.critic), ("label", recipe.label), ("policy", recipe.policy)):
         for text in job.settings:
-            if text.partition("=")[0] in OWN_KEYS:
+            if text.partition("=")[0] in DRIVEN_KEYS:
                 raise UsageError(
                     f"--config {path}: {name}.settings: leave out '{text}', the iteration says that itself"
                 )

@@ -24,17 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.label_records import LabelSettings
 from recap_ds.errors import UsageError
-from recap_ds.recipe import first_fault, load_config, read_recipe
+from recap_ds.recipe import DRIVEN_KEYS, first_fault, load_config, read_recipe
 
 # What the study itself decides; a recipe's own values of these are replaced.
 OWN_KEYS = (
-    "name",
-    "runs_dir",
-    "data.shards",
-    "data.labels",
-    "training.stage",
-    "training.start_from",
-    "training.resume",
+    *DRIVEN_KEYS,
     "training.seed",
     "evaluation.indicators",
     "evaluation.guidance_betas",

@@ -17,6 +17,7 @@ from tests.data.tiny_shards import mixed_set
 from tests.distributed.harness import REPOSITORY
 from tests.label.made_export import save_critic
 from tests.label.made_values import column_of, made_settings, store_values
+from tests.said import one_line
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +29,6 @@ def root(tmp_path_factory) -> Path:
     stored = store_values(shards, "made", column_of(shards, lambda name, frame: -frame / 20))
     write_labels(shards, "made", *assign_labels(shards, stored, "made", made_settings()))
     return folder
-
-
-def one_line(capsys) -> str:
-    captured = capsys.readouterr()
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in captured.err
-    return line
 
 
 def test_a_label_job_prints_its_table_and_a_second_call_only_that(root, capsys):

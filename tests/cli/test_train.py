@@ -12,6 +12,7 @@ from recap_ds.cli import evaluate, train
 from recap_ds.cli.main import main as recap_ds
 from recap_ds.envs.scripted import write_reach_shards
 from tests.distributed.harness import LAUNCHER_VARIABLES, REPOSITORY
+from tests.said import one_line
 
 ZERO3 = str(REPOSITORY / "ds_configs" / "zero3.json")
 QUICKSTART = REPOSITORY / "launch" / "recipes" / "quickstart.yaml"
@@ -22,13 +23,6 @@ def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "reach"
     write_reach_shards(folder, num_demo=4, num_auto=4, num_intervention=2)
     return folder
-
-
-def one_line(capsys) -> str:
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in captured.err
-    return lines[0]
 
 
 @pytest.mark.parametrize(

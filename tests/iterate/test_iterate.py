@@ -15,6 +15,7 @@ from recap_ds.cli import iterate as cli_iterate
 from recap_ds.cli.main import main
 from recap_ds.iterate import driver
 from recap_ds.iterate.recipe import load_iteration_recipe
+from tests.said import one_line
 
 REPOSITORY = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_launcher.py")
@@ -94,11 +95,6 @@ ALL_JOBS = [
 def desk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return Desk(tmp_path)
-
-
-def one_line(capsys):
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def test_every_iteration_trains_a_critic_labels_and_trains_a_policy(desk, capsys):

@@ -17,6 +17,7 @@ from recap_ds.files.records import write_checked_json
 from recap_ds.study import unit
 from recap_ds.study.programs import Crew
 from tests.distributed.harness import REPOSITORY
+from tests.said import one_line
 
 PROGRAMS = Path(__file__).with_name("programs")
 POLICY = {"max_action_dim": 2, "max_state_dim": 4, "model": {"vlm_model_name": "tiny"}, "training": {"stage": "policy"}}
@@ -84,11 +85,6 @@ ALL_JOBS = ["pretrain toy", *unit_jobs("plain-seed0", "plain-seed1", "guided-see
 def desk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return Desk(tmp_path)
-
-
-def one_line(capsys):
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def test_every_unit_runs_once_and_a_longer_recipe_goes_on(desk, capsys):
