@@ -48,10 +48,11 @@ class LabelConfig(Section):
     # Share of the N-step advantage in a blend; min Q - V has the rest.
     blend: float = Field(0.5, ge=0, le=1)
     # What RECAP does not do, for ablations. labelled: corrections are ranked like autonomous samples. shared: one
-    # threshold for all tasks. shuffle: the control, a task's advantages dealt out anew to its samples at random.
+    # threshold for all tasks. shuffle: controls, dealt out anew at random within a task: the advantages of the samples
+    # that are ranked, or the labels themselves, of all samples and so of people's frames too.
     corrections: Literal["positive", "labelled"] = "positive"
     thresholds: Literal["per_task", "shared"] = "per_task"
-    shuffle: bool = False
+    shuffle: Literal["none", "advantages", "labels"] = "none"
     # Samples per forward; the last batch of a shard is padded to it.
     batch_size: int = Field(64, ge=1)
 

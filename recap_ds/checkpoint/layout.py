@@ -78,6 +78,12 @@ def linked_step(checkpoints: Path, link: str) -> int | None:
     return parse_step(os.readlink(path)) if path.is_symlink() and path.exists() else None
 
 
+def best_or_latest(run: Path) -> Path:
+    """The run's checkpoint that is best by its gate, or the last one where nothing was held out to choose by."""
+    checkpoints = run / CHECKPOINTS_NAME
+    return checkpoints / (BEST if linked_step(checkpoints, BEST) is not None else LATEST)
+
+
 def hide_folder(folder: Path) -> Path:
     """Rename out of sight, to be deleted later: a deletion cut short must not leave half a checkpoint behind."""
     hidden = folder.with_name(f".{folder.name}.removed")

@@ -17,7 +17,7 @@ import json
 import os
 from pathlib import Path
 
-from recap_ds.checkpoint.layout import BEST, CHECKPOINTS_NAME, LATEST, linked_step
+from recap_ds.checkpoint.layout import best_or_latest
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.label_records import LABELS_NAME
 from recap_ds.data.labels import labels_folder
@@ -82,10 +82,7 @@ class IterationFolder:
         return RunFolder(PiStarRECAPConfig(name=job, runs_dir=str(self.path))).finished_summary()
 
     def critic_checkpoint(self) -> Path:
-        """The best by its gate, or the last one where nothing was held out to choose by."""
-        checkpoints = self.path / "critic" / CHECKPOINTS_NAME
-        link = BEST if linked_step(checkpoints, BEST) is not None else LATEST
-        return checkpoints / link
+        return best_or_latest(self.path / "critic")
 
     def labels_are_done(self) -> bool:
         return (self.labels / LABELS_NAME).is_file()

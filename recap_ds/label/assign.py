@@ -64,12 +64,14 @@ def assign_labels(
     ranked = known & ~forced
     _check_counts(shard_set, samples.task[ranked], settings.positive_fraction)
     key = torch.from_numpy(stored.key_rank)
-    if settings.label.shuffle:
-        advantage = _shuffled(advantage, samples.task, ranked, key)
+    if settings.label.shuffle == "advantages":
+        advantage = _dealt_anew(advantage, samples.task, ranked, key)
     group = samples.task if settings.label.thresholds == "per_task" else torch.zeros_like(samples.task)
     positive = top_fraction(advantage, key, group, ranked, settings.positive_fraction)
     indicator = torch.where(ranked, INDICATOR_IDS["negative"], INDICATOR_IDS["none"])
     indicator = indicator.masked_fill(positive | forced, INDICATOR_IDS["positive"])
+    if settings.label.shuffle == "labels":
+        indicator = _dealt_anew(indicator, samples.task, torch.ones_like(ranked), key)
     columns = LabelColumns(
         stored.value, _returns(samples, stored.record.value), advantage.numpy(), indicator.numpy().astype(np.int64)
     )
@@ -84,15 +86,15 @@ def assign_labels(
     return record, columns
 
 
-def _shuffled(advantage: Tensor, task: Tensor, ranked: Tensor, key: Tensor) -> Tensor:
-    """[N] the ranked advantages of every task, dealt out anew; the same whatever order the shards have."""
-    shuffled = advantage.clone()
-    for number in task[ranked].unique().tolist():
-        rows = torch.nonzero(ranked & (task == number))[:, 0]
+def _dealt_anew(column: Tensor, task: Tensor, eligible: Tensor, key: Tensor) -> Tensor:
+    """[N] what the eligible samples of every task have, at random; the same whatever order the shards have."""
+    dealt = column.clone()
+    for number in task[eligible].unique().tolist():
+        rows = torch.nonzero(eligible & (task == number))[:, 0]
         rows = rows[key[rows].argsort(stable=True)]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
-        shuffled[rows] = advantage[rows[order]]
-    return shuffled
+        dealt[rows] = column[rows[order]]
+    return dealt
 
 
 def _check_source(settings: LabelSettings, value: ValueConfig) -> None:

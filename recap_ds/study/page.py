@@ -85,11 +85,11 @@ def _critic_table(rows: Sequence[Pooled]) -> str:
     for row in rows:
         for unit in row.units if row.entry == 0 else ():
             for task, told in unit.notes.get("labels", {}).items():
-                correlation = unit.notes["critic"].get("eval/value_rank_correlation")
-                shares = (told["forced_fraction"], told["positive_fraction"], correlation)
-                lines.append([f"{unit.unit.name}, {task}", *(number(share) for share in shares)])
-    header = ("unit and task", "forced positive", "of the others positive", "rank correlation of the value, held out")
-    return table("Shares of samples; the value's rank correlation is over all tasks", header, lines)
+                shares = (number(told["forced_fraction"]), number(told["positive_fraction"]))
+                figures = (f"{name.removeprefix('eval/')} {number(of)}" for name, of in unit.notes["critic"].items())
+                lines.append([f"{unit.unit.name}, {task}", *shares, ", ".join(figures)])
+    header = ("unit and task", "forced positive", "of the others positive", "critic, held out")
+    return table("Shares of samples; the critic's figure is over all tasks", header, lines)
 
 
 def _interval(row: Pooled, tasks: Sequence[str]) -> tuple[float, float]:

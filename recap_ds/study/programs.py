@@ -27,19 +27,21 @@ class Crew:
             if not (scripts / name).is_file():
                 raise UsageError(f"--programs {scripts}: has no {name}; name the launch/ folder of the repository")
         self._scripts = scripts
-        threads = max(1, (os.cpu_count() or 1) // num_jobs)
-        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        self._num_jobs = num_jobs
         self._lock = threading.RLock()  # a signal handler takes it in a thread that may hold it
         self._running: set[subprocess.Popen] = set()
         self._stopping = False
 
-    def script(self, what: str, log: Path, name: str, *arguments: str) -> float:
-        """One of the launch scripts to its end; the seconds it took. RunFailed or RunStopped where it does not."""
-        return self._run(what, log, [sys.executable, str(self._scripts / name), *arguments])
+    def script(self, what: str, log: Path, name: str, *arguments: str, alone: bool = False) -> float:
+        """One of the launch scripts to its end; the seconds it took. RunFailed or RunStopped where it does not.
+
+        ``alone``: nothing runs beside it, so it may take all cores.
+        """
+        return self._run(what, log, [sys.executable, str(self._scripts / name), *arguments], alone)
 
     def verb(self, what: str, log: Path, *arguments: str) -> float:
         """One verb of recap-ds."""
-        return self._run(what, log, [sys.executable, "-m", "recap_ds.cli.main", *arguments])
+        return self._run(what, log, [sys.executable, "-m", "recap_ds.cli.main", *arguments], alone=False)
 
     def stop(self, tell: bool = True) -> None:
         """Start nothing more, and ask all that runs to save and end: once, as a second time would mean at once.
@@ -52,8 +54,10 @@ class Crew:
                     process.send_signal(signal.SIGTERM)
             self._stopping = True
 
-    def _run(self, what: str, log: Path, command: Sequence[str]) -> float:
+    def _run(self, what: str, log: Path, command: Sequence[str], alone: bool) -> float:
         log.parent.mkdir(parents=True, exist_ok=True)
+        threads = max(1, (os.cpu_count() or 1) // (1 if alone else self._num_jobs))
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         began = time.monotonic()
         with log.open("ab") as words:
             words.write(f"$ {shlex.join(command)}\n".encode())
@@ -61,7 +65,7 @@ class Crew:
             with self._lock:
                 if self._stopping:
                     raise RunStopped(what)
-                process = subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT, env=self._environment)
+                process = subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT, env=environment)
                 self._running.add(process)
                 if self._stopping:  # a signal came in these three lines
                     process.send_signal(signal.SIGTERM)

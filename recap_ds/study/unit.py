@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recap_ds.checkpoint.layout import best_or_latest
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.label_records import LABELS_NAME
 from recap_ds.data.labels import labels_folder, load_label_record
@@ -27,12 +28,11 @@ from recap_ds.files.atomic import write_file
 from recap_ds.study.programs import Crew
 from recap_ds.study.recipe import Arm, Collection, Job, StudyRecipe, Unit, stage_settings
 from recap_ds.study.results import Entry, Episodes, UnitResult
+from recap_ds.train.gate import GATES
 from recap_ds.train.run_folder import RunFolder
 
 # Of all data sets of a study: their scenes follow from it.
 DATA_NAME = "study"
-# What of a critic's held-out figures goes into the results.
-VALUE_FIGURES = ("rank_correlation", "mae", "separation", "shuffled_image_gap")
 
 
 class UnitRunner:
@@ -47,7 +47,8 @@ class UnitRunner:
         recipe, log = self._recipe, self._out / "log.txt"
         self._collect(self._out / "data", recipe.data, DATA_NAME, log)
         job = Job(recipe=recipe.pretrain.recipe, settings=(*recipe.pretrain.settings, "training.start_from=null"))
-        self._train("pretrain", self._out, job, self._out / "data", ["training.stage=policy", "recap.sft=true"], log)
+        own = ["training.stage=policy", "recap.sft=true"]
+        self._train("pretrain", self._out, job, self._out / "data", own, log, alone=True)
 
     def run(self, unit: Unit) -> UnitResult:
         arm, folder = self._recipe.arms[unit.arm], self._out / unit.name
@@ -113,14 +114,14 @@ class UnitRunner:
     def _labels(
         self, unit: Unit, arm: Arm, shards: Path, home: Path, seed: int, seconds: dict[str, float]
     ) -> tuple[dict[str, Any], str]:
-        """The critic's held-out figures, and the tag of the arm's labels."""
+        """The held-out figure that the critic was chosen by, and the tag of the arm's labels."""
         recipe, tag, log = self._recipe, f"critic{seed}", home / "critic.log"
         with self._locks[home]:
             own = ["training.stage=critic", f"training.seed={seed}"]
             own.append(f"training.start_from={self._out / 'pretrain'}")
             summary, seconds["critic"] = self._train("critic", home, recipe.critic, shards, own, log)
             if not (labels_folder(shards, tag) / LABELS_NAME).is_file():
-                words = ["--checkpoint", str(home / "critic"), "--shards", str(shards), "--tag", tag]
+                words = ["--checkpoint", str(best_or_latest(home / "critic")), "--shards", str(shards), "--tag", tag]
                 words += recipe.label_settings
                 seconds["labels"] = self._crew.script(f"{home}: labels", log, "label.py", *words)
             if arm.labels:
@@ -128,18 +129,19 @@ class UnitRunner:
                 if not (labels_folder(shards, tag) / LABELS_NAME).is_file():
                     words = ["labels", "rethreshold", str(shards), "--tag", old, "--new-tag", tag]
                     self._crew.verb(f"{unit.name}: labels", log, *words, *arm.labels)
-        held_out = summary["evaluation"]
-        return {key: value for key, value in held_out.items() if key.endswith(VALUE_FIGURES)}, tag
+        # The critic that labelled is its gate's best.
+        gate = summary["gate"]
+        return {} if gate["best"] is None else {GATES[gate["gate"]].metric: gate["best"]}, tag
 
     def _train(
-        self, name: str, home: Path, job: Job, shards: Path, own: Sequence[str], log: Path
+        self, name: str, home: Path, job: Job, shards: Path, own: Sequence[str], log: Path, alone: bool = False
     ) -> tuple[dict[str, Any], float]:
         """The run's summary, and the seconds it took now."""
         run, seconds = home / name, 0.0
         if _summary(run) is None:
             words = ["--deepspeed", self._recipe.deepspeed, "--config", job.recipe, *job.settings, *own]
             words += [f"name={name}", f"runs_dir={home}", f"data.shards={shards}", "training.resume=auto"]
-            seconds = self._crew.script(f"{run}: training", log, "train.py", *words)
+            seconds = self._crew.script(f"{run}: training", log, "train.py", *words, alone=alone)
         summary = _summary(run)
         if summary is None:
             raise RunFailed(f"{run}: training ended well but left no summary")

@@ -153,7 +153,7 @@ def test_what_recap_does_not_do_can_be_done_to_see_what_it_is_worth(tmp_path):
     positive = ranked & (shared.indicator == POSITIVE)
     assert positive.sum() == round(0.3 * ranked.sum())
     assert plain.advantage[positive].min() >= plain.advantage[ranked & ~positive].max()
-    dealt, again = labels(shuffle=True), labels(shuffle=True)
+    dealt, again = labels(shuffle="advantages"), labels(shuffle="advantages")
     np.testing.assert_array_equal(dealt.indicator, again.indicator)
     assert (dealt.indicator != plain.indicator).any()
     for task in np.unique(table.task):
@@ -161,6 +161,12 @@ def test_what_recap_does_not_do_can_be_done_to_see_what_it_is_worth(tmp_path):
         np.testing.assert_array_equal(np.sort(dealt.advantage[mine]), np.sort(plain.advantage[mine]))
         assert (dealt.indicator[mine] == POSITIVE).sum() == (plain.indicator[mine] == POSITIVE).sum()
     np.testing.assert_array_equal(dealt.advantage[corrected], plain.advantage[corrected])
+    wholly = labels(shuffle="labels")
+    np.testing.assert_array_equal(wholly.advantage, plain.advantage)
+    assert (wholly.indicator[corrected] != POSITIVE).any()
+    for task in np.unique(table.task):
+        mine = table.task == task
+        np.testing.assert_array_equal(np.sort(wholly.indicator[mine]), np.sort(plain.indicator[mine]))
 
 
 def test_equal_advantages_are_parted_by_key_whichever_shard_they_are_in(tmp_path):
