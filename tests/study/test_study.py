@@ -140,6 +140,15 @@ def test_a_policy_is_told_its_arm_and_seed(desk):
     ]
 
 
+def test_what_runs_alone_gets_all_cores_and_what_runs_side_by_side_its_share(desk, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert desk.study("--jobs", "3") == 0
+    runs = ("pretrain", "plain-seed0/policy", "guided-seed1/policy")
+    summaries = [json.loads((desk.out / run / "summary.json").read_text()) for run in runs]
+    assert [summary["threads"] for summary in summaries] == ["6", "2", "2"]
+
+
 def test_an_arm_may_judge_the_policy_of_another_under_other_guidances(desk, capsys):
     desk.values["seeds"] = [0]
     desk.values["arms"] = {
