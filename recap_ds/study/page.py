@@ -9,13 +9,13 @@ from recap_ds import __version__
 from recap_ds.evaluate.intervals import wilson_interval
 from recap_ds.report.interval_chart import Interval, interval_chart
 from recap_ds.report.page import Chapter, grid, paragraph, table, whole_page
-from recap_ds.report.page_style import style_sheet
+from recap_ds.report.picture import side_by_side
 from recap_ds.report.svg import number
 from recap_ds.study.recipe import StudyRecipe
 from recap_ds.study.results import StudyResults
 from recap_ds.study.table import Pooled, pool, study_rows, success_rate, throughput
 
-PICTURE_TITLE = "Success rate"
+PICTURE_TITLE, THROUGHPUT_TITLE = "Success rate", "Successes per hour"
 GUIDANCE_NOTE = "in brackets: guidance"
 
 
@@ -39,26 +39,28 @@ def study_page(recipe: StudyRecipe, results: StudyResults) -> str:
 
 
 def study_picture(recipe: StudyRecipe, results: StudyResults) -> str:
-    """An SVG file: success over all tasks."""
+    """An SVG file: success and throughput over all tasks, side by side."""
     rows = pool(recipe, results)
-    drawing = success_chart(rows, list(rows[0].units[0].entries[0].tasks), PICTURE_TITLE)
-    start, end = drawing.index("<svg"), drawing.rindex("</svg>")
-    head, _, body = drawing[start:end].partition(">")
-    background = '<rect width="100%" height="100%" style="fill:var(--card)"/>'
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style_sheet()}</style>{background}{body}</svg>\n'
+    tasks = list(rows[0].units[0].entries[0].tasks)
+    return side_by_side(
+        {PICTURE_TITLE: success_chart(rows, tasks, PICTURE_TITLE), THROUGHPUT_TITLE: _throughput_chart(rows, tasks)}
+    )
 
 
 def verdicts(rows: Sequence[Pooled], tasks: Sequence[str]) -> list[str]:
-    """A sentence for every arm: how it stands to the first one."""
+    """How every arm stands to the first one."""
     first, told = rows[0], []
+    slow, slowest, fastest = throughput(first, tasks)
     low, high = _interval(first, tasks)
     for row in rows[1:]:
         below, above = _interval(row, tasks)
         how = "more often than" if below > high else "less often than" if above < low else "not clearly otherwise than"
         mine, other = row.episodes(tasks), first.episodes(tasks)
+        rate, least, most = throughput(row, tasks)
         told.append(
             f"{_name(row)} succeeds in {success_rate(mine):.2f} [{below:.2f}, {above:.2f}] of {len(mine.success)} "
-            f"episodes, {how} {first.arm} with {success_rate(other):.2f} [{low:.2f}, {high:.2f}]."
+            f"episodes, {how} {first.arm} with {success_rate(other):.2f} [{low:.2f}, {high:.2f}]. Successes per hour: "
+            f"{rate:.0f} [{least:.0f}, {most:.0f}] against {slow:.0f} [{slowest:.0f}, {fastest:.0f}]."
         )
     return told
 
@@ -76,7 +78,7 @@ def success_chart(rows: Sequence[Pooled], tasks: Sequence[str], title: str) -> s
 
 def _throughput_chart(rows: Sequence[Pooled], tasks: Sequence[str]) -> str:
     intervals = [Interval(_short_name(row), *throughput(row, tasks), color=_color(row, rows)) for row in rows]
-    return interval_chart("Successes per hour", intervals, note=f"the time of failures counts; {GUIDANCE_NOTE}")
+    return interval_chart(THROUGHPUT_TITLE, intervals, note=f"the time of failures counts; {GUIDANCE_NOTE}")
 
 
 def _critic_table(rows: Sequence[Pooled]) -> str:

@@ -109,8 +109,10 @@ def test_every_unit_runs_once_and_a_longer_recipe_goes_on(desk, capsys):
     ) in page
     assert "Success rate: a" in page and "Not run yet" not in page
     picture = ElementTree.parse(desk.results.with_suffix(".svg")).getroot()
-    (words,) = picture.attrib["aria-label"].split(". plain: ")[1:]
+    success, per_hour = (chart.attrib["aria-label"] for chart in picture.findall("{*}svg"))
+    (words,) = success.split(". plain: ")[1:]
     assert words.startswith("12 of 24 0.50, 95 % between 0.31 and 0.69. guided (1): 4 of 8")
+    assert per_hour.startswith("Successes per hour. plain:  1,333, 95 % between ")
 
 
 def test_a_policy_is_told_its_arm_and_seed(desk):
