@@ -53,8 +53,9 @@ def run_show(args: argparse.Namespace) -> int:
     print(label_table(shard_set, args.tag))
     out = args.out or labels_folder(args.shards, args.tag) / "pictures"
     try:
-        for path in draw_labels(shard_set, args.tag, out):
-            print(path)
+        drawn = list(draw_labels(shard_set, args.tag, out))
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
+    for path in drawn:
+        print(path)
     return 0
