@@ -49,7 +49,7 @@ class LabelConfig(Section):
     blend: float = Field(0.5, ge=0, le=1)
     # What RECAP does not do, for ablations. labelled: corrections are ranked like autonomous samples. shared: one
     # threshold for all tasks. shuffle: controls, dealt out anew at random within a task: the advantages of the samples
-    # that are ranked, or the labels themselves, of all samples and so of people's frames too.
+    # that are ranked, or the labels with their advantages, of all samples and so of people's frames too.
     corrections: Literal["positive", "labelled"] = "positive"
     thresholds: Literal["per_task", "shared"] = "per_task"
     shuffle: Literal["none", "advantages", "labels"] = "none"

@@ -91,10 +91,15 @@ class AdvantageRing:
         self._counts.copy_(state["counts"])
 
 
-def forced_positive(source: Tensor, demos: Literal["positive", "labelled"]) -> Tensor:
-    """[B] bool, True = positive whatever the advantage: corrections always, demonstrations unless they are labelled."""
-    forced = source == SOURCE_IDS["intervention"]
-    return forced | (source == SOURCE_IDS["demo"]) if demos == "positive" else forced
+def forced_positive(
+    source: Tensor, demos: Literal["positive", "labelled"], corrections: Literal["positive", "labelled"] = "positive"
+) -> Tensor:
+    """[B] bool, True = positive whatever the advantage: demonstrations and corrections unless they are labelled."""
+    forced = torch.zeros_like(source, dtype=torch.bool)
+    for name, how in (("demo", demos), ("intervention", corrections)):
+        if how == "positive":
+            forced = forced | (source == SOURCE_IDS[name])
+    return forced
 
 
 def choose_indicator(

@@ -63,7 +63,10 @@ class LabelSettings(_Part):
 
 
 class TaskLabels(_Part):
-    """One task's counts. A sample is forced positive, or known, or neither: its advantage is not known."""
+    """One task's counts. A sample is forced positive, or known, or neither: its advantage is not known.
+
+    Of labels that were dealt out anew (``label.shuffle=labels``) none is forced, and known are those there are.
+    """
 
     num_samples: int
     num_forced: int
@@ -71,8 +74,8 @@ class TaskLabels(_Part):
     num_positive: int  # of num_known
     forced_fraction: float
     positive_fraction: float | None  # realised, of num_known
-    threshold: float | None  # the highest advantage that is not positive
-    sigma: float | None  # standard deviation of the known advantages
+    threshold: float | None  # the highest advantage that is not positive; of all tasks where they share it
+    sigma: float | None  # standard deviation of the advantages that were ranked
 
 
 class LabelRecord(_Part):
@@ -85,6 +88,24 @@ class LabelRecord(_Part):
     lookahead_frames: int | None  # None = to the end of the episode
     tasks: dict[str, TaskLabels]
     files: dict[str, FileRecord]
+
+    def told(self) -> str:
+        """What the labels are, for people."""
+        label, demos, frames = self.settings.label, self.settings.demos, self.lookahead_frames
+        blend = f" ({label.blend:g} of it N-step)" if label.source == "blend" else ""
+        ahead = "to the end of the episode" if frames is None else f"{frames} frames"
+        looks = "" if label.source == "iql" else f", looking ahead {ahead}"
+        before = " before the shuffle" if label.shuffle == "labels" else ""
+        usual = LabelConfig()
+        others = [
+            f"; label.{name}={getattr(label, name)}"
+            for name in ("corrections", "thresholds", "shuffle")
+            if getattr(label, name) != getattr(usual, name)
+        ]
+        return (
+            f"advantage {label.source}{blend}{looks}; {self.settings.positive_fraction:g} of those not forced are "
+            f"positive; demonstrations are {demos}{before}{''.join(others)}"
+        )
 
     def content_hash(self) -> str:
         """sha256 of the canonical JSON, which holds every label file's checksum: what a run remembers of its labels."""

@@ -7,6 +7,7 @@ it) is left without an indicator, unless it is forced positive.
     N samples   K tasks
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,13 +25,13 @@ from recap_ds.algo.labels import (
     top_fraction,
 )
 from recap_ds.algo.returns import TaskScale, monte_carlo_return, takeovers_ahead, value_scale
-from recap_ds.batch import SOURCE_IDS
 from recap_ds.config import ValueConfig
-from recap_ds.data.label_records import LabelRecord, LabelSettings, TaskLabels
+from recap_ds.data.label_records import LabelRecord, LabelSettings
 from recap_ds.data.labels import LabelColumns
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.data.values import StoredValues
 from recap_ds.errors import UsageError
+from recap_ds.label.counts import count_tasks
 
 
 class _Samples(NamedTuple):
@@ -58,20 +59,23 @@ def assign_labels(
     lookahead = settings.label.lookahead_frames(shard_set.manifest.fps)
     advantage = _advantages(shard_set, stored, samples, settings, lookahead)
     known = ~advantage.isnan()
-    forced = forced_positive(samples.source, settings.demos)
-    if settings.label.corrections == "labelled":
-        forced &= samples.source != SOURCE_IDS["intervention"]
+    forced = forced_positive(samples.source, settings.demos, settings.label.corrections)
     ranked = known & ~forced
-    _check_counts(shard_set, samples.task[ranked], settings.positive_fraction)
+    tasks, shared = list(shard_set.manifest.tasks), settings.label.thresholds == "shared"
+    group = torch.zeros_like(samples.task) if shared else samples.task
+    names = ["all tasks together have"] if shared else [f"task '{name}' has" for name in tasks]
+    _check_counts(names, group[ranked], settings.positive_fraction)
     key = torch.from_numpy(stored.key_rank)
     if settings.label.shuffle == "advantages":
-        advantage = _dealt_anew(advantage, samples.task, ranked, key)
-    group = samples.task if settings.label.thresholds == "per_task" else torch.zeros_like(samples.task)
+        advantage = advantage[_dealing(samples.task, ranked, key)]
     positive = top_fraction(advantage, key, group, ranked, settings.positive_fraction)
     indicator = torch.where(ranked, INDICATOR_IDS["negative"], INDICATOR_IDS["none"])
     indicator = indicator.masked_fill(positive | forced, INDICATOR_IDS["positive"])
+    sigma = advantage_spread(advantage, samples.task, ranked, len(tasks))
     if settings.label.shuffle == "labels":
-        indicator = _dealt_anew(indicator, samples.task, torch.ones_like(ranked), key)
+        # With their advantages, of which a weighted policy learns; then no source says anything of a label.
+        dealing = _dealing(samples.task, torch.ones_like(ranked), key)
+        advantage, indicator, forced = advantage[dealing], indicator[dealing], torch.zeros_like(forced)
     columns = LabelColumns(
         stored.value, _returns(samples, stored.record.value), advantage.numpy(), indicator.numpy().astype(np.int64)
     )
@@ -80,21 +84,23 @@ def assign_labels(
         values=stored.record,
         settings=settings,
         lookahead_frames=lookahead,
-        tasks=_count_tasks(shard_set, samples.task, advantage, forced, ranked, positive),
+        tasks=count_tasks(tasks, samples.task, group, advantage, indicator, forced, sigma),
         files={},
     )
     return record, columns
 
 
-def _dealt_anew(column: Tensor, task: Tensor, eligible: Tensor, key: Tensor) -> Tensor:
-    """[N] what the eligible samples of every task have, at random; the same whatever order the shards have."""
-    dealt = column.clone()
+def _dealing(task: Tensor, eligible: Tensor, key: Tensor) -> Tensor:
+    """[N] the sample whose part each one gets: among the eligible of a task any, at random, else its own.
+
+    The same whatever order the shards have, and in every run: a study's seeds share one dealing.
+    """
+    dealing = torch.arange(len(task))
     for number in task[eligible].unique().tolist():
         rows = torch.nonzero(eligible & (task == number))[:, 0]
         rows = rows[key[rows].argsort(stable=True)]
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
-        dealt[rows] = column[rows[order]]
-    return dealt
+        dealing[rows] = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))]
+    return dealing
 
 
 def _check_source(settings: LabelSettings, value: ValueConfig) -> None:
@@ -253,35 +259,13 @@ def _place(shard_set: ShardSet, samples: _Samples, sample: int) -> str:
     return f"frame {int(samples.frame[sample])} of episode {shard_set.episodes[int(samples.episode[sample])]}"
 
 
-def _check_counts(shard_set: ShardSet, ranked_task: Tensor, fraction: float) -> None:
-    for task, name in enumerate(shard_set.manifest.tasks):
-        total = int((ranked_task == task).sum())
+def _check_counts(names: Sequence[str], ranked_group: Tensor, fraction: float) -> None:
+    """``names``: the groups that have a threshold each, as a sentence begins with them."""
+    for group, name in enumerate(names):
+        total = int((ranked_group == group).sum())
         num = num_positive(total, fraction)
         if total and not 0 < num < total:
             raise UsageError(
-                f"recap.positive_fraction: task '{name}' has too few samples for {fraction:g}: of its {total} that are "
+                f"recap.positive_fraction: {name} too few samples for {fraction:g}: of the {total} that are "
                 f"not forced positive, {num} would be; collect more, or set another fraction"
             )
-
-
-def _count_tasks(
-    shard_set: ShardSet, task: Tensor, advantage: Tensor, forced: Tensor, ranked: Tensor, positive: Tensor
-) -> dict[str, TaskLabels]:
-    names = list(shard_set.manifest.tasks)
-    spread = advantage_spread(advantage, task, ranked, len(names))
-    counts = {}
-    for number, name in enumerate(names):
-        mine = task == number
-        num_ranked, num_forced = int((mine & ranked).sum()), int((mine & forced).sum())
-        negative = advantage[mine & ranked & ~positive]
-        counts[name] = TaskLabels(
-            num_samples=int(mine.sum()),
-            num_forced=num_forced,
-            num_known=num_ranked,
-            num_positive=int((mine & positive).sum()),
-            forced_fraction=num_forced / max(int(mine.sum()), 1),
-            positive_fraction=int((mine & positive).sum()) / num_ranked if num_ranked else None,
-            threshold=float(negative.max()) if num_ranked else None,
-            sigma=float(spread[number]) if num_ranked else None,
-        )
-    return counts

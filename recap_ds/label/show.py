@@ -94,11 +94,14 @@ def advantage_histograms(labelled: Labelled) -> Image.Image:
         of_task = columns.advantage[known & (table.task == task)]
         if not len(of_task):
             continue
-        low, high = float(of_task.min()), float(of_task.max())
+        threshold = record.tasks[name].threshold
+        # A threshold that tasks share may lie beyond all that this one has.
+        shown = of_task if threshold is None else np.append(of_task, threshold)
+        low, high = float(shown.min()), float(shown.max())
         for source, source_id in SOURCE_IDS.items():
             values = columns.advantage[known & (table.task == task) & (table.source == source_id)]
             title = f"{name} | {source}: {len(values)} samples"
-            panels.append(histogram_panel(title, values, low, high, record.tasks[name].threshold, BLUE, RED))
+            panels.append(histogram_panel(title, values, low, high, threshold, BLUE, RED))
     return stack_panels(panels, num_columns=len(SOURCE_IDS))
 
 

@@ -17,18 +17,12 @@ def label_table(shard_set: ShardSet, tag: str) -> str:
 
 
 def _facts(shard_set: ShardSet, tag: str, record: LabelRecord) -> str:
-    values, settings = record.values, record.settings
+    values = record.values
     run = f"{values.checkpoint_run} at step {values.checkpoint_step}, " if values.checkpoint_run else ""
-    frames = record.lookahead_frames
-    blend = f" ({settings.label.blend:g} of it N-step)" if settings.label.source == "blend" else ""
-    looks = "" if settings.label.source == "iql" else ", looking ahead "
-    if looks:
-        looks += "to the end of the episode" if frames is None else f"{frames} frames"
     return (
         f"{shard_set.folder}: labels '{tag}' of {shard_set.num_samples} samples\n"
         f"values '{record.values_tag}' of {run}checkpoint {values.checkpoint_hash[:12]}, {values.precision}\n"
-        f"advantage {settings.label.source}{blend}{looks}; {settings.positive_fraction:g} of those not forced are "
-        f"positive; demonstrations are {settings.demos}"
+        f"{record.told()}"
     )
 
 

@@ -62,15 +62,9 @@ def read_label_view(folder: Path) -> LabelView:
     record = load_label_record(shards, tag)
     if record is None:
         raise UsageError(f"{folder}: has no {LABELS_NAME}; labels are made by launch/label.py")
-    values, settings = record.values, record.settings
-    frames = record.lookahead_frames
-    ahead = "to the end of the episode" if frames is None else f"{frames} frames"
-    looks = "" if settings.label.source == "iql" else f", looking ahead {ahead}"
+    values = record.values
     run = f"{values.checkpoint_run} at step {values.checkpoint_step}, " if values.checkpoint_run else ""
-    made_of = (
-        f"values of {run}checkpoint {values.checkpoint_hash[:12]}; advantage {settings.label.source}{looks}; "
-        f"{settings.positive_fraction:g} of those not forced are to be positive; demonstrations are {settings.demos}"
-    )
+    made_of = f"values of {run}checkpoint {values.checkpoint_hash[:12]}; {record.told()}"
     view = LabelView(folder, tag, made_of, record.tasks, (), {}, {}, "")
     try:
         shard_set = ShardSet.open(shards)

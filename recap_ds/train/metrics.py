@@ -6,6 +6,7 @@ A figure over samples is a sum divided by a count, both over all ranks and all a
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -48,8 +49,15 @@ QUANTILES = (0.05, 0.5, 0.95)
 class StepMetrics:
     """Accumulates between two log lines."""
 
-    def __init__(self, config: PiStarRECAPConfig, tasks: list[str], device: torch.device):
-        self._config = config
+    def __init__(
+        self,
+        config: PiStarRECAPConfig,
+        tasks: list[str],
+        device: torch.device,
+        corrections: Literal["positive", "labelled"] = "positive",
+    ):
+        """``corrections``: what they are in the labels that the run reads."""
+        self._config, self._corrections = config, corrections
         self._tasks = tasks
         self._shapes = (len(SOURCE_IDS), len(SOURCE_COLUMNS)), (len(tasks), len(TASK_COLUMNS)), (1, len(SCALAR_COLUMNS))
         num_sums = sum(map(math.prod, self._shapes))
@@ -85,7 +93,7 @@ class StepMetrics:
         )
         source_sums.index_add_(0, batch.source, columns)
         if output.indicator is not None:
-            forced = forced_positive(batch.source, self._config.recap.demos)
+            forced = forced_positive(batch.source, self._config.recap.demos, self._corrections)
             labelled = ~forced & (output.indicator != INDICATOR_IDS["none"])
             positive = labelled & (output.indicator == INDICATOR_IDS["positive"])
             task_columns = torch.stack([labelled, positive, forced, batch.sample_valid], dim=1).double()

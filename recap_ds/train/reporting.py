@@ -29,7 +29,7 @@ class Figures:
     def clear(self) -> None:
         """Begin anew, without a line."""
         plan, device = self._session.plan, self._session.runtime.device
-        self.metrics = StepMetrics(plan.config, plan.tasks, device)
+        self.metrics = StepMetrics(plan.config, plan.tasks, device, plan.corrections)
         self.times = StepTimes(device)
         self._last: StepResult | None = None  # None = there was no step since
 

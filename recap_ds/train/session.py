@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -62,6 +62,12 @@ class Plan:
     @property
     def labels_hash(self) -> str | None:
         return hash_of(self.dataset.assembler.labels)
+
+    @property
+    def corrections(self) -> Literal["positive", "labelled"]:
+        """What they are in the labels that the run reads, or by the rule."""
+        labels = self.dataset.assembler.labels
+        return "positive" if labels is None else labels.record.settings.label.corrections
 
 
 @dataclass(frozen=True)

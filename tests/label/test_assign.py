@@ -8,10 +8,13 @@ import pytest
 from recap_ds.algo.advantage import INDICATOR_IDS
 from recap_ds.batch import CONTROL_IDS, OUTCOME_IDS, SOURCE_IDS
 from recap_ds.data.episodes import Episode
+from recap_ds.data.labels import write_labels
 from recap_ds.data.rebuild import rebuild
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.errors import UsageError
 from recap_ds.label.assign import assign_labels
+from recap_ds.label.show import draw_labels
+from recap_ds.label.table import label_table
 from tests.data.tiny_shards import flat_episode, mixed_set, write_tiny
 from tests.label.made_values import column_of, made_settings, store_values
 
@@ -161,12 +164,52 @@ def test_what_recap_does_not_do_can_be_done_to_see_what_it_is_worth(tmp_path):
         np.testing.assert_array_equal(np.sort(dealt.advantage[mine]), np.sort(plain.advantage[mine]))
         assert (dealt.indicator[mine] == POSITIVE).sum() == (plain.indicator[mine] == POSITIVE).sum()
     np.testing.assert_array_equal(dealt.advantage[corrected], plain.advantage[corrected])
-    wholly = labels(shuffle="labels")
-    np.testing.assert_array_equal(wholly.advantage, plain.advantage)
+
+
+@pytest.mark.parametrize("demos", ["positive", "labelled"])
+def test_labels_are_dealt_out_with_their_advantages_and_counted_as_they_lie(tmp_path, demos):
+    shards = mixed_set(tmp_path)
+    stored = store_values(shards, "t", column_of(shards, random_value))
+    table, corrected = shards.table, shards.table.source == SOURCE_IDS["intervention"]
+    before, plain = assign_labels(shards, stored, "t", made_settings(0.3, demos, lookahead=2))
+    record, wholly = assign_labels(shards, stored, "t", made_settings(0.3, demos, lookahead=2, shuffle="labels"))
     assert (wholly.indicator[corrected] != POSITIVE).any()
-    for task in np.unique(table.task):
-        mine = table.task == task
-        np.testing.assert_array_equal(np.sort(wholly.indicator[mine]), np.sort(plain.indicator[mine]))
+    for number, (name, task) in enumerate(record.tasks.items()):
+        mine = table.task == number
+
+        def pairs(columns, mine=mine):
+            """A weighted policy learns of the advantage, a conditioned one of the indicator."""
+            return sorted(zip(columns.advantage[mine].tolist(), columns.indicator[mine].tolist(), strict=True))
+
+        assert pairs(wholly) == pairs(plain)
+        positive = (wholly.indicator[mine] == POSITIVE).sum()
+        assert (task.num_forced, task.num_known, task.num_positive) == (0, mine.sum(), positive)
+        assert task.positive_fraction == pytest.approx(positive / mine.sum())
+        assert (task.threshold, task.sigma) == (before.tasks[name].threshold, before.tasks[name].sigma)
+    if demos == "positive":  # all of cup is demonstrations
+        assert (task.num_positive, task.threshold, task.sigma) == (task.num_known, None, None)
+
+
+def test_tasks_that_share_a_threshold_may_lie_wholly_on_either_side_of_it(tmp_path):
+    shards = write_tiny(tmp_path, [flat_episode(i, 10, "auto", task=task) for i, task in enumerate(("cube", "cup"))])
+    cup = shards.table.task == list(shards.manifest.tasks).index("cup")
+    values = column_of(shards, random_value) / 100
+    stored = store_values(shards, "t", np.where(cup, -1.0, values).astype(np.float32))
+    record, columns = assign_labels(shards, stored, "t", made_settings(0.5, lookahead="episode", thresholds="shared"))
+    assert (columns.indicator[cup] == POSITIVE).all() and (columns.indicator[~cup] == NEGATIVE).all()
+    assert (record.tasks["cup"].positive_fraction, record.tasks["cube"].positive_fraction) == (1.0, 0.0)
+    assert record.tasks["cup"].threshold == record.tasks["cube"].threshold == columns.advantage[~cup].max()
+    write_labels(shards, "t", record, columns)
+    assert "label.thresholds=shared" in label_table(shards, "t")
+    assert len(draw_labels(shards, "t", tmp_path / "pictures")) == 3
+    with pytest.raises(UsageError, match=r"all tasks together have too few samples for 0\.001: of the 20 .*, 0 would"):
+        assign_labels(shards, stored, "t", made_settings(0.001, thresholds="shared"))
+    # A task of one sample has no threshold of its own, and needs none here.
+    small = write_tiny(tmp_path / "small", [flat_episode(0, 10, "auto"), flat_episode(1, 1, "auto", task="cup")])
+    stored = store_values(small, "t", column_of(small, random_value))
+    assign_labels(small, stored, "t", made_settings(0.3, thresholds="shared"))
+    with pytest.raises(UsageError, match="task 'cup' has too few"):
+        assign_labels(small, stored, "t", made_settings(0.3))
 
 
 def test_equal_advantages_are_parted_by_key_whichever_shard_they_are_in(tmp_path):
@@ -237,7 +280,7 @@ def test_a_source_that_the_critic_cannot_give_is_refused(shard_set, critic, rewa
 
 def test_too_few_samples_for_the_fraction_are_refused(shard_set):
     stored = store_values(shard_set, "few", column_of(shard_set, random_value))
-    with pytest.raises(UsageError, match=r"task 'cube' has too few samples for 0\.001: of its \d+ .*, 0 would be"):
+    with pytest.raises(UsageError, match=r"task 'cube' has too few samples for 0\.001: of the \d+ .*, 0 would be"):
         assign_labels(shard_set, stored, "few", made_settings(0.001))
 
 

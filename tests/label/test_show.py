@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recap_ds.data.labels import write_labels
+from recap_ds.data.labels import read_labels, write_labels
 from recap_ds.data.shard_set import ShardSet
 from recap_ds.label.assign import assign_labels
 from recap_ds.label.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes, Panel, histogram_panel, stack_panels
@@ -33,6 +33,16 @@ def test_the_table_counts_tasks_and_groups(shard_set):
     assert failed[2] == "32" and float(failed[5]) == -1.0
     assert [line.split()[3] for line in lines if line.startswith("intervention")] == ["1.0000"]
     assert "step 500" in lines[1] and "2 frames" in lines[2]
+    assert lines[2].endswith("0.4 of those not forced are positive; demonstrations are positive")
+
+
+def test_the_table_names_what_recap_does_not_do(shard_set):
+    record, columns = read_labels(shard_set, "t")
+    label = record.settings.label.model_copy(update={"shuffle": "labels", "corrections": "labelled"})
+    settings = record.settings.model_copy(update={"label": label})
+    write_labels(shard_set, "other", record.model_copy(update={"settings": settings}), columns)
+    told = label_table(shard_set, "other").splitlines()[2]
+    assert "demonstrations are positive before the shuffle; label.corrections=labelled; label.shuffle=labels" in told
 
 
 def test_three_pictures_are_drawn(shard_set, tmp_path):

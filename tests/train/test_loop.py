@@ -128,7 +128,7 @@ def run_steps(monkeypatch):
             checkpoint={"save_every_steps": 5},
         )
         sizes = SimpleNamespace(accumulation=1, total=8)
-        plan = SimpleNamespace(config=config, sizes=sizes, tasks=[], run=RunFolder(config))
+        plan = SimpleNamespace(config=config, sizes=sizes, tasks=[], run=RunFolder(config), corrections="positive")
         runtime = SimpleNamespace(device=torch.device("cpu"))
         session = SimpleNamespace(plan=plan, runtime=runtime, tensors=dict, watch=RunWatch(FakeRequests(stop_from)))
         logbook, saver = FakeLogbook(), FakeSaver(failing)

@@ -117,6 +117,20 @@ def test_the_positive_fraction_ignores_forced_and_dropped_samples():
     assert found["train/forced_fraction/cup"] == pytest.approx(1 / 2)
 
 
+def test_corrections_that_were_labelled_are_not_counted_as_forced():
+    config = tiny_config()
+    batch = random_batch(config, 8, seed=0)
+    batch = batch._replace(source=torch.tensor([1, 1, 1, 1, 0, 0, 2, 2]), task=torch.zeros(8, dtype=torch.int64))
+    output = made_output(config, batch, 0)._replace(indicator=torch.full((8,), INDICATOR_IDS["positive"]))
+    output.indicator[6] = INDICATOR_IDS["negative"]
+    metrics = StepMetrics(config, TASKS, CPU, corrections="labelled")
+    metrics.add(batch, output)
+    metrics.end_step(applied=True)
+    found = metrics.summarise(batch, output)
+    assert found["train/positive_fraction/cube"] == pytest.approx(5 / 6)
+    assert found["train/forced_fraction/cube"] == pytest.approx(2 / 8)
+
+
 def test_the_clip_fraction_counts_weights_at_the_limit_of_their_source():
     config = tiny_config(recap={"demo_weight": 0.0, "auto_weight": 0.5, "intervention_weight": 2.0})
     batch = random_batch(config, 8, seed=0)

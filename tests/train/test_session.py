@@ -128,7 +128,7 @@ def labelled_shards(tmp_path_factory) -> str:
     record = LabelRecord(
         values_tag="ours",
         values=made_record(shard_set),
-        settings=made_settings(demos="labelled"),
+        settings=made_settings(demos="labelled", corrections="labelled"),
         lookahead_frames=50,
         tasks=tasks,
         files={},
@@ -147,6 +147,7 @@ def test_a_policy_reads_the_labels_of_its_tag(config_of, labelled_shards):
     assert batch.label_advantage.tolist() == [0.25 * odd for odd in frames % 2]
     scale = label_scale(plan, torch.device("cpu"))
     assert scale.sigma.tolist() == [0.5, math.inf] and not scale.ready.any()
+    assert plan.corrections == "labelled", "as the labels say"
 
 
 @pytest.mark.parametrize(
