@@ -162,7 +162,8 @@ def _one_line(error: ValidationError) -> str:
 
 def first_fault(error: ValidationError, models: Sequence[type[BaseModel]], example: str) -> str:
     """What is wrong with a recipe of another kind than training's, in a line. ``models``: whose fields are its keys."""
-    first = error.errors()[0]
+    # An unknown key first: that another is missing is but its shadow where it was misspelt.
+    first = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"'{place}' is missing; see {example} for an example"

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from recap_ds.iterate.folder import IterationFolder, check_settings
 from recap_ds.iterate.recipe import IterationRecipe, TrainingJob
 
 TRAIN, LABEL, EVALUATE = "train.py", "label.py", "evaluate.py"
+GRACE_SECONDS = 2.0
 
 
 def iterate(
@@ -36,7 +38,9 @@ def iterate(
             "iteration; over the same shards the next would only repeat the last. Add a folder, or collect:"
         )
     for number in range(1, num_iterations + 1):
-        IterationFolder(out, number).check_tag(recipe, number)
+        folder = IterationFolder(out, number)
+        folder.check_tag(recipe, number)
+        folder.check_data(folder.shards_of(recipe, number))
     check_settings(out, recipe)
     return [_run_iteration(recipe, out, number, start, programs) for number in range(1, num_iterations + 1)]
 
@@ -47,11 +51,16 @@ def _run_iteration(recipe: IterationRecipe, out: Path, number: int, start: list[
     if number > len(recipe.shards) and not folder.data_are_whole():
         _collect(recipe, IterationFolder(out, number - 1), folder, where)
     folder.start(recipe, number)
+    first = IterationFolder(out, 1)
 
     def train(name: str, job: TrainingJob, *own: str) -> dict:
         if folder.summary(name) is None:
             command = [*start, str(programs / TRAIN), "--deepspeed", recipe.deepspeed, "--config", job.recipe]
-            _run(f"{where}: {name}", [*command, *training_overrides(folder, name, job), *own])
+            words = training_overrides(folder, name, job)
+            if number > 1 and (batch := first.global_batch(name)) is not None:
+                # On however many ranks: the training program divides it, or says why it cannot.
+                words.append(f"training.global_batch_size={batch}")
+            _run(f"{where}: {name}", [*command, *words, *own])
         else:
             print(f"{where}: {name} is done", flush=True)
         summary = folder.summary(name)
@@ -67,9 +76,11 @@ def _run_iteration(recipe: IterationRecipe, out: Path, number: int, start: list[
         _run(f"{where}: labels", [*command, "--shards", str(folder.shards), "--tag", tag, *recipe.label.settings])
         folder.adopt_labels(tag)
     policy = train("policy", recipe.policy, "recap.sft=false", f"data.labels={tag}")
-    if recipe.evaluate is not None and folder.results.is_file():
+    if recipe.evaluate is not None and folder.is_evaluated(recipe):
         print(f"{where}: evaluation is done", flush=True)
     elif recipe.evaluate is not None:
+        if folder.results.is_file():
+            print(f"{where}: the evaluation there is of another policy or other settings; it is made again", flush=True)
         _run(f"{where}: evaluation", [*start, str(programs / EVALUATE), *evaluation_words(recipe, folder)])
     folder.finish({"recipe": recipe.model_dump(mode="json"), "tag": tag, "critic": critic, "policy": policy})
     return folder.policy
@@ -119,20 +130,55 @@ def _launcher(launcher: str, programs: Path) -> list[str]:
     return words
 
 
+class _Job:
+    """A program that runs while it is waited for, and is told to save and end when we are told to.
+
+    Ours are a scheduler's warning, and Ctrl-C, which the whole process group gets: the job has a moment to end by that.
+    """
+
+    def __init__(self) -> None:
+        self.is_stopping = False
+        self._process: subprocess.Popen | None = None
+        self._later: threading.Timer | None = None
+
+    def run(self, command: Sequence[str]) -> int:
+        """Its exit code; it reads and writes our terminal."""
+        ways = {signal.SIGTERM: lambda *_: self._stop(), signal.SIGINT: lambda *_: self._stop(GRACE_SECONDS)}
+        # One that was ignored when we began (nohup) stays ignored.
+        heard = [number for number in ways if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, ways[number]) for number in heard}
+        try:
+            self._process = subprocess.Popen(command)
+            if self.is_stopping:  # since a moment ago
+                self._tell()
+            return self._process.wait()
+        finally:
+            if self._later is not None:
+                self._later.cancel()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, seconds: float = 0.0) -> None:
+        self.is_stopping = True
+        if not seconds:
+            self._tell()
+        elif self._later is None:
+            self._later = threading.Timer(seconds, self._tell)
+            self._later.daemon = True
+            self._later.start()
+
+    def _tell(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+
+
 def _run(what: str, command: Sequence[str]) -> None:
-    """One job to its end; it reads and writes our terminal. RunFailed where it fails or is stopped."""
+    """One job to its end. RunFailed where it fails, RunStopped where it or we were told to stop."""
     print(f"{what}: {shlex.join(command)}", flush=True)
-    process = subprocess.Popen(command)
-    # A scheduler's warning is for the job, which saves and ends; then so do we.
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
-    try:
-        code = process.wait()
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        if process.poll() is None:  # Ctrl-C reached us both; do not leave before it
-            process.terminate()
-            process.wait()
-    if code == EXIT_STOPPED:
+    job = _Job()
+    code = job.run(command)
+    # A launcher may end by the signal itself; the ranks below it notice, and save.
+    if code == EXIT_STOPPED or job.is_stopping:
         print(f"{what} was stopped; the same command goes on from there", file=sys.stderr)
         raise RunStopped(what)
     if code != 0:

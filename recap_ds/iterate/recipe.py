@@ -14,7 +14,9 @@ Every iteration restarts from the same pre-trained checkpoints, never from the l
 the command runs.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,6 +29,8 @@ from recap_ds.recipe import DRIVEN_KEYS, first_fault, load_config, read_recipe
 
 # Stands for the tag of labels that do not exist yet, where a config is checked before its iteration.
 LABELS_TO_COME = "to-come"
+# Of the DeepSpeed JSON, what decides what is learned; the rest says where and how fast.
+ARITHMETIC_KEYS = ("bf16", "data_types", "communication_data_type")
 
 
 class _Part(BaseModel):
@@ -96,6 +100,16 @@ class IterationRecipe(_Part):
         labels = f"data.labels={LABELS_TO_COME}"
         return self.policy.config("training.stage=policy", "recap.sft=false", labels)
 
+    def arithmetic(self) -> dict[str, Any]:
+        """What the DeepSpeed JSON says of it."""
+        try:
+            values = dict(json.loads(Path(self.deepspeed).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UsageError(f"there is no file {self.deepspeed}") from None
+        except (OSError, ValueError, TypeError):
+            raise UsageError(f"{self.deepspeed} cannot be read, or holds no JSON object") from None
+        return {key: values[key] for key in ARITHMETIC_KEYS if key in values}
+
     def tag(self, number: int) -> str:
         """Of the labels of an iteration."""
         return f"{self.name}-{number:02d}"
@@ -106,7 +120,8 @@ def load_iteration_recipe(path: str | Path) -> IterationRecipe:
     try:
         recipe = IterationRecipe(**read_recipe(path))
     except ValidationError as error:
-        fault = first_fault(error, (IterationRecipe, TrainingJob, CollectJob), "recap_ds/iterate/recipe.py")
+        models = (IterationRecipe, TrainingJob, LabelJob, World, CollectJob, EvaluateJob)
+        fault = first_fault(error, models, "recap_ds/iterate/recipe.py")
         raise UsageError(f"--config {path}: {fault}") from None
     for name, job in (("critic", recipe.critic), ("label", recipe.label), ("policy", recipe.policy)):
         for text in job.settings:
@@ -117,8 +132,12 @@ def load_iteration_recipe(path: str | Path) -> IterationRecipe:
     for shards in recipe.shards:
         if not (Path(shards) / "manifest.json").is_file():
             raise UsageError(f"--config {path}: shards: {shards} has no manifest.json; name folders of shards")
-    if not Path(recipe.deepspeed).is_file():
-        raise UsageError(f"--config {path}: deepspeed: there is no file {recipe.deepspeed}")
+    places = [Path(shards).resolve() for shards in recipe.shards]
+    for number, shards in enumerate(recipe.shards):
+        if places[number] in places[:number]:
+            raise UsageError(
+                f"--config {path}: shards: {shards} is there twice; each iteration needs a folder of its own"
+            )
     for job in ("collect", "evaluate"):
         if recipe.env is None and recipe.model_dump()[job] is not None:
             raise UsageError(f"--config {path}: {job}: needs an environment; add env: {{name: ...}}")
@@ -131,6 +150,7 @@ def _check_jobs(path: str | Path, recipe: IterationRecipe) -> None:
         "critic": lambda: (recipe.critic_config(), recipe.critic.start()),
         "policy": lambda: (recipe.policy_config(), recipe.policy.start()),
         "label": lambda: _check_labels(recipe),
+        "deepspeed": recipe.arithmetic,
     }
     if recipe.env is not None:
         for name, part in (("collect", recipe.collect), ("evaluate", recipe.evaluate)):

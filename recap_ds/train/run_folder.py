@@ -127,6 +127,10 @@ class RunFolder:
         # Last: from here on the folder holds a run, and check_continues reads the rest.
         write_file(self._run, _json(facts))
 
+    def facts(self) -> dict | None:
+        """What the run was started with: global_batch, manifest_hash, ...; None where there is no run."""
+        return _read_json(self._run) if self._run.is_file() else None
+
     def finished_summary(self) -> dict | None:
         """The summary of a finished run; None while it is not."""
         return _read_json(self._summary) if self._summary.is_file() else None

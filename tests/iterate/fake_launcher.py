@@ -3,7 +3,8 @@
     python fake_launcher.py JOURNAL PROGRAM ARGUMENTS...
 
 ``JOURNAL.fail`` names a job (critic, label, policy); the fake fails at it once, after half its work. While there is a
-``JOURNAL.wait``, a job trains until it is told to stop, and ends as a training run does that saved in time.
+``JOURNAL.wait``, a job trains until it is told to stop, and ends as a training run does that saved in time; where that
+says "dies", by the signal, as ``deepspeed`` itself.
 """
 
 import json
@@ -81,7 +82,7 @@ def evaluate(journal, arguments):
 
 
 def main(journal, program, *arguments):
-    if Path(f"{journal}.wait").is_file():
+    if Path(f"{journal}.wait").is_file() and Path(f"{journal}.wait").read_text() != "dies":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     with open(journal, "a", encoding="utf-8") as file:
         file.write(json.dumps([Path(program).name, *arguments]) + "\n")

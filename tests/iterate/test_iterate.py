@@ -3,17 +3,20 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from recap_ds.cli import iterate as cli_iterate
 from recap_ds.cli.main import main
-from recap_ds.iterate import driver
+from recap_ds.iterate import driver, folder
 from recap_ds.iterate.recipe import load_iteration_recipe
 from tests.said import one_line
 
@@ -207,6 +210,38 @@ def test_in_a_simulator_an_iteration_ends_with_rollouts_and_the_next_begins_with
     assert "iteration_01/evaluation_results.json: cannot be read" in one_line(capsys)
 
 
+def test_an_evaluation_that_was_asked_for_otherwise_is_made_again(desk, monkeypatch, capsys):
+    monkeypatch.setattr(cli_iterate, "_write_report", lambda out, policies, results: None)
+
+    def jobs(**values):
+        desk.values |= values
+        assert desk.iterate("--iterations", "1") == 0
+        return desk.jobs()
+
+    assert jobs() == ALL_JOBS[:3]
+    again = ["evaluate iteration_01"]
+    assert jobs(env={"name": "reach"}, evaluate={"episodes": 4}) == again
+    assert jobs() == []
+    assert jobs(evaluate={"episodes": 4, "settings": ["evaluation.guidance_betas=[1.0,2.0]"]}) == again
+    assert "of another policy or other settings; it is made again" in capsys.readouterr().out
+    assert jobs(env={"name": "reach", "settings": ["env.image_size=32"]}) == again
+    assert jobs() == []
+    Path("iterations/mw/iteration_01/policy/summary.json").write_text('{"step": 8}')
+    assert jobs() == again, "the policy was trained anew"
+    Path("iterations/mw/iteration_01/iteration.json").write_text("{")
+    assert jobs() == again
+
+
+def test_collection_is_compared_once_something_was_collected(desk, capsys):
+    assert desk.iterate() == 0
+    desk.values |= {"env": {"name": "reach"}, "collect": {"episodes": 4}}
+    assert desk.iterate() == 0
+    Path("iterations/mw/iteration_03/collected").mkdir(parents=True)
+    desk.values["env"], desk.values["collect"] = {"name": "pusht"}, {"episodes": 5}
+    assert desk.iterate() == 2
+    assert "other settings: collect.episodes, env.name; choose another --out" in one_line(capsys)
+
+
 def test_without_a_start_the_recipe_decides(desk):
     del desk.values["critic"]["start_from"]
     assert desk.iterate("--iterations", "1", "--out", "elsewhere") == 0
@@ -226,6 +261,44 @@ def test_other_settings_need_another_folder(desk, capsys):
     )
     desk.values["name"] = "other"
     assert desk.iterate("--iterations", "1") == 0
+
+
+def test_iterations_learn_alike_in_batches_gate_arithmetic_and_from_data_that_stay(desk, capsys, monkeypatch):
+    def load(shards):
+        return SimpleNamespace(content_hash=(Path(shards) / "manifest.json").read_text)
+
+    monkeypatch.setattr(folder, "Manifest", SimpleNamespace(load=load))
+    assert desk.iterate("--iterations", "1") == 0
+    desk.commands()
+    facts = {"global_batch": 32, "manifest_hash": "{}"}
+    Path("iterations/mw/iteration_01/critic/run.json").write_text(json.dumps(facts))
+    settings, other = Path("ds_configs/zero3.json"), ["evaluation.gate=mae", "training.global_batch_size=64"]
+    ds = json.loads(settings.read_text())
+    settings.write_text(json.dumps(ds | {"bf16": {"enabled": False}}))
+    desk.values["critic"]["settings"] = [*other, "evaluation.num_videos=0"]
+    assert desk.iterate() == 2
+    assert one_line(capsys) == (
+        "error: iterations/mw holds iterations with other settings: critic.evaluation.gate, deepspeed.bf16.enabled, "
+        "critic.training.global_batch_size (32 -> 64); choose another --out"
+    )
+    # Where and how fast is free: the batch stays, whatever a rank has of it.
+    settings.write_text(json.dumps(ds | {"zero_optimization": {"stage": 2}}))
+    desk.values["critic"]["settings"] = ["training.batch_size=4"]
+    assert desk.iterate() == 0
+    critic, _, policy = desk.commands()
+    assert settings_of(critic)["training.global_batch_size"] == "32"
+    assert "training.global_batch_size" not in settings_of(policy)
+    Path("data/one/manifest.json").write_text("{ }")
+    assert desk.iterate() == 2
+    assert "data/one: holds other data than iterations/mw/iteration_01/critic began with" in one_line(capsys)
+
+
+def test_settings_that_were_cut_off_end_in_one_line(desk, capsys):
+    assert desk.iterate("--iterations", "1") == 0
+    path = Path("iterations/mw/settings.json")
+    path.write_text(path.read_text()[:99])
+    assert desk.iterate() == 2
+    assert "iterations/mw/settings.json: is cut off or not JSON; remove it if" in one_line(capsys)
 
 
 def test_labels_of_another_critic_are_in_the_way_before_a_new_one_trains(desk, capsys):
@@ -259,6 +332,27 @@ def test_a_warning_from_the_scheduler_reaches_the_job_and_the_driver_ends_after_
     assert desk.jobs() == ALL_JOBS
 
 
+@pytest.mark.parametrize("job", ["saves", "dies"])
+def test_ctrl_c_at_the_driver_alone_reaches_the_job(desk, capsys, monkeypatch, job):
+    monkeypatch.setattr(driver, "GRACE_SECONDS", 0.05)
+    Path(f"{desk.journal}.wait").write_text(job)
+
+    def interrupt():
+        while not desk.journal.is_file():
+            time.sleep(0.02)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be ignored here
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        assert desk.iterate() == 75
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().err
+    assert said == "iteration 1: critic was stopped; the same command goes on from there\n"
+
+
 def test_a_folder_of_shards_that_changed_its_place_is_refused(desk, capsys):
     assert desk.iterate("--iterations", "1") == 0
     desk.values["shards"] = ["data/two"]
@@ -287,6 +381,11 @@ def test_a_folder_of_shards_that_changed_its_place_is_refused(desk, capsys):
         ({"collect": {"episodes": 4}}, "collect: needs an environment; add env: {name: ...}"),
         ({"evaluate": {"episodes": 0}}, "evaluate.episodes: "),
         ({"env": {"name": "reach", "settings": ["env.max_step=5"]}}, "did you mean 'env.max_steps'?"),
+        ({"evaluate": {"episode": 4}}, "unknown key 'evaluate.episode'; did you mean 'episodes'?"),
+        ({"env": {"nme": "reach"}}, "unknown key 'env.nme'; did you mean 'name'?"),
+        ({"label": {"setting": []}}, "unknown key 'label.setting'; did you mean 'settings'?"),
+        ({"shards": ["data/one", "data/../data/one"]}, "shards: data/../data/one is there twice"),
+        ({"deepspeed": "critic.yaml"}, "deepspeed: critic.yaml cannot be read, or holds no JSON object"),
         ({"collect": {"episodes": 4, "correction": 2}}, "unknown key 'collect.correction'; did you mean 'correct"),
     ],
 )
