@@ -40,7 +40,7 @@ ALLOWED = {
     "label": BASE | {"algo", "processing", "models", "data", "distributed", "checkpoint", "evaluate"},
     "train": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "evaluate", "plan"},
     "iterate": BASE | {"models", "data", "checkpoint", "label", "train"},
-    "study": BASE | {"data", "checkpoint", "evaluate", "train", "report"},
+    "study": BASE | {"data", "checkpoint", "evaluate", "label", "train", "report"},
     "serve": BASE | {"processing", "models"},
     "doctor": BASE | {"models", "data", "distributed"},
     "bench": BASE | {"algo", "processing", "models", "data", "envs", "distributed", "checkpoint", "train"} | {"serve"},

@@ -28,10 +28,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from recap_ds.files.lock import exclusive
     from recap_ds.report.build import write_report
     from recap_ds.study.driver import run_study  # with torch, which takes a second
     from recap_ds.study.page import study_page, study_picture
-    from recap_ds.study.recipe import load_study_recipe
+    from recap_ds.study.reading import load_study_recipe
     from recap_ds.study.results import StudyResults
     from recap_ds.study.table import study_table
 
@@ -40,8 +41,10 @@ def run(args: argparse.Namespace) -> int:
     results = StudyResults.open(path, recipe)
     out = args.out or Path("studies") / recipe.name
     if not args.table:
-        run_study(recipe, out, results, args.programs, args.jobs)
-    if results.units:
+        with exclusive(path.with_name(f".{path.name}.lock"), f"--results {path}", print):
+            results = StudyResults.open(path, recipe)
+            run_study(recipe, out, results, args.programs, args.jobs)
+    if any(results.has(unit) for unit in recipe.units()):
         for written, text in (
             (out / "report.html", study_page(recipe, results)),
             (path.with_suffix(".svg"), study_picture(recipe, results)),

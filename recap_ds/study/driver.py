@@ -6,13 +6,14 @@ was (``unit.py``). Units run side by side; where one fails, the others save, and
 
 import signal
 import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
 from recap_ds.errors import RunStopped
 from recap_ds.files.lock import hold_folder
+from recap_ds.study.facts import arm_facts
 from recap_ds.study.programs import Crew
 from recap_ds.study.recipe import StudyRecipe, Unit
 from recap_ds.study.results import StudyResults
@@ -29,7 +30,7 @@ def run_study(recipe: StudyRecipe, out: Path, results: StudyResults, scripts: Pa
     crew = Crew(scripts, num_jobs)
     with hold_folder(out, f"--out {out}: another study runs there; wait for it"), _obeying_signals(crew):
         runner = UnitRunner(recipe, out, crew)
-        runner.prepare()
+        runner.prepare(waiting)
         with ThreadPoolExecutor(num_jobs) as pool:
             _run_units(waiting, runner, recipe, results, pool, num_jobs, crew)
 
@@ -44,28 +45,38 @@ def _run_units(
     crew: Crew,
 ) -> None:
     def run(unit: Unit) -> None:
-        results.add(runner.run(unit), recipe.arm_facts(unit.arm))
+        results.add(runner.run(unit), arm_facts(recipe, unit.arm))
 
-    queue, running = list(waiting), set()
+    queue = list(waiting)
+    running: dict[Future, Unit] = {}
     try:
         while queue or running:
-            while queue and len(running) < num_jobs:
-                running.add(pool.submit(run, queue.pop(0)))
+            while len(running) < num_jobs and (unit := _next(queue, running.values(), recipe, results)) is not None:
+                queue.remove(unit)
+                running[pool.submit(run, unit)] = unit
             # Now and then this thread, which alone hears signals, must wake.
-            done, running = wait(running, LOOK_SECONDS, FIRST_COMPLETED)
-            for future in done:
+            for future in wait(running, LOOK_SECONDS, FIRST_COMPLETED).done:
+                del running[future]
                 future.result()
     except BaseException:
         crew.stop()
         raise
 
 
+def _next(queue: Iterable[Unit], running: Iterable[Unit], recipe: StudyRecipe, results: StudyResults) -> Unit | None:
+    """The first unit whose needed one is done, if possible one that waits for no critic of a unit that runs."""
+    needed = {unit: recipe.needed(unit) for unit in queue}
+    ready = [unit for unit, other in needed.items() if other is None or results.has(other)]
+    busy = {recipe.critic_of(unit) for unit in running} - {None}
+    return next((unit for unit in ready if recipe.critic_of(unit) not in busy), ready[0] if ready else None)
+
+
 @contextmanager
 def _obeying_signals(crew: Crew) -> Iterator[None]:
     """SIGTERM and Ctrl-C: jobs save and end, then so do we, by RunStopped."""
     assert threading.current_thread() is threading.main_thread()
-    # Ctrl-C reaches the whole process group.
-    ways = {signal.SIGTERM: lambda *_: crew.stop(), signal.SIGINT: lambda *_: crew.stop(tell=False)}
+    # Ctrl-C in a terminal reaches the whole process group.
+    ways = {signal.SIGTERM: lambda *_: crew.stop_at_signal(), signal.SIGINT: lambda *_: crew.stop_at_signal(tell=False)}
     before = {number: signal.signal(number, way) for number, way in ways.items()}
     try:
         yield

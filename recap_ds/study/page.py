@@ -13,7 +13,7 @@ from recap_ds.report.picture import side_by_side
 from recap_ds.report.svg import number
 from recap_ds.study.recipe import StudyRecipe
 from recap_ds.study.results import StudyResults
-from recap_ds.study.table import Pooled, pool, study_rows, success_rate, throughput
+from recap_ds.study.table import Pooled, first_row, pool, study_rows, success_rate, throughput
 
 PICTURE_TITLE, THROUGHPUT_TITLE = "Success rate", "Successes per hour"
 GUIDANCE_NOTE = "in brackets: guidance"
@@ -22,14 +22,14 @@ GUIDANCE_NOTE = "in brackets: guidance"
 def study_page(recipe: StudyRecipe, results: StudyResults) -> str:
     """HTML that needs nothing else."""
     rows = pool(recipe, results)
-    header, *lines = study_rows(rows)
+    header, *lines = study_rows(recipe, rows)
     tasks = list(rows[0].units[0].entries[0].tasks)
     charts = [success_chart(rows, tasks, PICTURE_TITLE)]
     charts += [success_chart(rows, [task], f"{PICTURE_TITLE}: {task}") for task in tasks if len(tasks) > 1]
     charts.append(_throughput_chart(rows, tasks))
     missing = [unit.name for unit in recipe.units() if not results.has(unit)]
     chapters = [
-        Chapter("Result", "".join(paragraph(line) for line in verdicts(rows, tasks))),
+        Chapter("Result", "".join(paragraph(line) for line in verdicts(recipe, rows, tasks))),
         Chapter("Success and throughput", grid(charts)),
         Chapter("All arms", table("95 % intervals over all episodes of all seeds", header, lines)),
         Chapter("Critic and labels", _critic_table(rows)),
@@ -47,12 +47,14 @@ def study_picture(recipe: StudyRecipe, results: StudyResults) -> str:
     )
 
 
-def verdicts(rows: Sequence[Pooled], tasks: Sequence[str]) -> list[str]:
+def verdicts(recipe: StudyRecipe, rows: Sequence[Pooled], tasks: Sequence[str]) -> list[str]:
     """How every arm stands to the first one."""
-    first, told = rows[0], []
+    first, told = first_row(recipe, rows), []
+    if first is None:
+        return []
     slow, slowest, fastest = throughput(first, tasks)
     low, high = _interval(first, tasks)
-    for row in rows[1:]:
+    for row in (row for row in rows if row is not first):
         below, above = _interval(row, tasks)
         how = "more often than" if below > high else "less often than" if above < low else "not clearly otherwise than"
         mine, other = row.episodes(tasks), first.episodes(tasks)

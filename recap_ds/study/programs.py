@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from recap_ds.errors import EXIT_STOPPED, RunFailed, RunStopped, UsageError
@@ -30,6 +31,7 @@ class Crew:
         self._num_jobs = num_jobs
         self._lock = threading.RLock()  # a signal handler takes it in a thread that may hold it
         self._running: set[subprocess.Popen] = set()
+        self._told: set[subprocess.Popen] = set()  # to save and end
         self._stopping = False
 
     def script(self, what: str, log: Path, name: str, *arguments: str, alone: bool = False) -> float:
@@ -43,16 +45,29 @@ class Crew:
         """One verb of recap-ds."""
         return self._run(what, log, [sys.executable, "-m", "recap_ds.cli.main", *arguments], alone=False)
 
-    def stop(self, tell: bool = True) -> None:
-        """Start nothing more, and ask all that runs to save and end: once, as a second time would mean at once.
-
-        ``tell`` False: they have heard it already.
-        """
+    def stop(self) -> None:
+        """Start nothing more, and ask all that runs to save and end; where a signal said so before, that stands."""
         with self._lock:
-            if tell and not self._stopping:
-                for process in self._running:
-                    process.send_signal(signal.SIGTERM)
+            if not self._stopping:
+                self._tell()
             self._stopping = True
+
+    def stop_at_signal(self, tell: bool = True) -> None:
+        """As ``stop``. ``tell`` False: what runs has probably heard it too; if not, a signal that tells comes later."""
+        with self._lock:
+            if not self._stopping:
+                how = "" if tell else f"; if it does not hear of it: kill {os.getpid()}"
+                with suppress(OSError):  # not print: this thread may be in the middle of one
+                    os.write(1, f"stopping: what runs saves first{how}\n".encode())
+            if tell:
+                self._tell()
+            self._stopping = True
+
+    def _tell(self) -> None:
+        """Once: a second time would mean at once."""
+        for process in self._running - self._told:
+            process.send_signal(signal.SIGTERM)
+            self._told.add(process)
 
     def _run(self, what: str, log: Path, command: Sequence[str], alone: bool) -> float:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +84,7 @@ class Crew:
                 self._running.add(process)
                 if self._stopping:  # a signal came in these three lines
                     process.send_signal(signal.SIGTERM)
+                    self._told.add(process)
             print(f"{what}: begins", flush=True)
             code = process.wait()
         with self._lock:

@@ -13,18 +13,19 @@
       recap: {method: recap, guidance_betas: [1.0, 2.0]}
 
 A unit is one arm under one seed. The first arm is what the others are held against. Units run in the order in which
-arms stand here, an arm's seeds together; paths are as seen from where the command runs.
+arms stand here, an arm's seeds together, as far as what they need is done; paths are as seen from where the command
+runs.
 """
 
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.data.label_records import LabelSettings
-from recap_ds.errors import UsageError
-from recap_ds.recipe import DRIVEN_KEYS, first_fault, load_config, read_recipe
+from recap_ds.recipe import DRIVEN_KEYS, load_config
 
 # What the study itself decides; a recipe's own values of these are replaced.
 OWN_KEYS = (
@@ -37,6 +38,8 @@ OWN_KEYS = (
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 # Stands for the tag of labels that do not exist yet, where a config is checked before they do.
 LABELS_TO_COME = "to-come"
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+Guidance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -72,7 +75,7 @@ class Round(_Part):
     from the pre-trained weights."""
 
     by: str
-    guidance_beta: float = Field(1.0, ge=0)
+    guidance_beta: Guidance = 1.0
     collect: Collection
 
 
@@ -81,10 +84,25 @@ class Arm(_Part):
     method: Literal["imitation", "joint", "recap"]
     settings: tuple[str, ...] = ()  # of the policy's training
     labels: tuple[str, ...] = ()  # of recap: over those of all labels, from the same critic
-    guidance_betas: tuple[float, ...] = Field((1.0,), min_length=1)
-    seeds: tuple[int, ...] | None = None  # None: the study's
+    guidance_betas: tuple[Guidance, ...] = Field((1.0,), min_length=1)
+    seeds: Seeds | None = None  # None: the study's
     after: Round | None = None
     policy_of: str | None = None  # an arm whose policy this one judges, under other guidances: nothing is trained
+
+    @property
+    def needs(self) -> str | None:
+        """The arm whose policy of the same seed has to be there first."""
+        return self.after.by if self.after is not None else self.policy_of
+
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> "Arm":
+        _check_differ("guidance_betas", self.guidance_betas)
+        if self.labels and self.method != "recap":
+            raise ValueError("labels: only method recap reads labels")
+        for key in ("settings", "labels", "after") if self.policy_of is not None else ():
+            if self.model_dump()[key]:
+                raise ValueError(f"policy_of: trains nothing, so there is no use for {key}; leave one of them out")
+        return self
 
 
 class Unit(NamedTuple):
@@ -109,25 +127,37 @@ class StudyRecipe(_Part):
     policy: Job
     joint: Job | None = None
     evaluation: Evaluation
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: Seeds
     arms: dict[str, Arm] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _arms_hold_together(self) -> "StudyRecipe":
+        _check_differ("seeds", self.seeds)
         for name, arm in self.arms.items():
+            if not re.fullmatch(NAME_PATTERN, name):
+                raise ValueError(f"arms.{name}: name it with letters, digits, - and _, first a letter or digit")
+            _check_differ(f"arms.{name}.seeds", self.seeds_of(name))
             if arm.method == "joint" and self.joint is None:
                 raise ValueError(f"arms.{name}: method joint needs 'joint', the recipe of its training")
-            if arm.labels and arm.method != "recap":
-                raise ValueError(f"arms.{name}.labels: only method recap reads labels")
-            if arm.after is not None and arm.after.by not in self.arms:
-                raise ValueError(f"arms.{name}.after.by: there is no arm '{arm.after.by}'")
-            if arm.after is not None and not set(self.seeds_of(name)) <= set(self.seeds_of(arm.after.by)):
-                raise ValueError(f"arms.{name}.seeds: '{arm.after.by}', which collects for it, has not all of them")
-            if arm.policy_of is not None and arm.policy_of not in self.arms:
-                raise ValueError(f"arms.{name}.policy_of: there is no arm '{arm.policy_of}'")
-            if arm.after is not None and self.arms[arm.after.by].after is not None:
-                raise ValueError(f"arms.{name}.after.by: '{arm.after.by}' comes after another arm itself")
+            if arm.needs is not None:
+                self._check_needed(name, arm, f"arms.{name}.{'policy_of' if arm.after is None else 'after.by'}")
         return self
+
+    def _check_needed(self, name: str, arm: Arm, key: str) -> None:
+        """``key``: where ``arm`` names the one that it needs."""
+        needed, names = str(arm.needs), list(self.arms)
+        if needed not in self.arms:
+            raise ValueError(f"{key}: there is no arm '{needed}'")
+        if names.index(needed) >= names.index(name):
+            raise ValueError(f"{key}: '{needed}' has to stand before it")
+        if self.arms[needed].policy_of is not None:
+            raise ValueError(f"{key}: '{needed}' trains no policy; name the arm whose policy it judges")
+        if arm.after is not None and self.arms[needed].after is not None:
+            raise ValueError(f"{key}: '{needed}' comes after another arm itself")
+        if arm.policy_of is not None and arm.method != self.arms[needed].method:
+            raise ValueError(f"{key}: '{needed}' is of method {self.arms[needed].method}; write that here too")
+        if not set(self.seeds_of(name)) <= set(self.seeds_of(needed)):
+            raise ValueError(f"arms.{name}.seeds: '{needed}', whose policy it needs, has not all of them")
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         seeds = self.arms[arm].seeds
@@ -140,12 +170,33 @@ class StudyRecipe(_Part):
     def pretrain_config(self) -> PiStarRECAPConfig:
         return load_config(self.pretrain.recipe, [*self.pretrain.settings, "training.stage=policy", "recap.sft=true"])
 
-    def critic_config(self) -> PiStarRECAPConfig:
-        return load_config(self.critic.recipe, [*self.critic.settings, "training.stage=critic", *self.label_settings])
+    def first_scene(self, seed: int) -> int:
+        """Of the scenes on which a seed is judged."""
+        return self.evaluation.first_scene + seed * self.evaluation.episodes
+
+    def needed(self, unit: Unit) -> Unit | None:
+        """The unit whose policy this one needs."""
+        arm = self.arms[unit.arm].needs
+        return None if arm is None else Unit(arm, unit.seed)
+
+    def critic_of(self, unit: Unit) -> str | None:
+        """The home of the critic that a unit's labels come from; None where it reads none."""
+        arm = self.arms[unit.arm]
+        if arm.method != "recap" or arm.policy_of is not None:
+            return None
+        return unit.name if arm.after is not None else f"critic{self.seed_of_critic(unit)}"
+
+    def seed_of_critic(self, unit: Unit) -> int:
+        return unit.seed if self.critic_seed is None else self.critic_seed
+
+    def critic_config(self, *labels: str) -> PiStarRECAPConfig:
+        """``labels``: an arm's own settings of them."""
+        settings = [*self.critic.settings, "training.stage=critic", *self.label_settings, *labels]
+        return load_config(self.critic.recipe, settings)
 
     def labels_wanted(self, arm: Arm) -> LabelSettings:
         """What the labels of an arm must have been made with."""
-        config = load_config(self.critic.recipe, [*self.critic.settings, *self.label_settings, *arm.labels])
+        config = self.critic_config(*arm.labels)
         fraction, demos = config.recap.positive_fraction, config.recap.demos
         return LabelSettings(label=config.label, positive_fraction=fraction, demos=demos)
 
@@ -160,27 +211,6 @@ class StudyRecipe(_Part):
             return self.joint
         return self.policy
 
-    def shared_facts(self) -> dict[str, Any]:
-        """All that every unit follows from, as it is and not as it is called."""
-        return {
-            "env": self.env,
-            "env_settings": sorted(self.env_settings),
-            "data": self.data.model_dump(mode="json"),
-            "critic_seed": self.critic_seed,
-            "label_settings": sorted(self.label_settings),
-            "evaluation": self.evaluation.model_dump(mode="json"),
-            "pretrain": training_facts(self.pretrain_config()),
-            "critic": training_facts(self.critic_config()),
-        }
-
-    def arm_facts(self, name: str) -> dict[str, Any]:
-        """What is an arm's own."""
-        arm = self.arms[name]
-        return {
-            **arm.model_dump(mode="json", exclude={"settings", "seeds"}),
-            "policy": training_facts(self.policy_config(arm)),
-        }
-
 
 def stage_settings(arm: Arm, labels: str) -> list[str]:
     """What an arm's method says of its policy's training."""
@@ -191,52 +221,7 @@ def stage_settings(arm: Arm, labels: str) -> list[str]:
     return ["training.stage=policy", "recap.sft=true"]
 
 
-def training_facts(config: PiStarRECAPConfig) -> dict[str, Any]:
-    """Of a training: what decides what it learns."""
-    sections = ("chunk_size", "model", "lora", "iql", "value", "recap", "training", "data", "label")
-    return config.model_dump(mode="json", include=set(sections))
-
-
-def load_study_recipe(path: str | Path) -> StudyRecipe:
-    """UsageError, in one line, for everything in it that a later job would trip over."""
-    try:
-        recipe = StudyRecipe(**read_recipe(path))
-    except ValidationError as error:
-        fault = first_fault(error, (StudyRecipe, Arm, Job, Collection, Evaluation, Round), "recap_ds/study/recipe.py")
-        raise UsageError(f"--config {path}: {fault}") from None
-    if not Path(recipe.deepspeed).is_file():
-        raise UsageError(f"--config {path}: deepspeed: there is no file {recipe.deepspeed}")
-    _check_settings(path, recipe)
-    return recipe
-
-
-def _check_settings(path: str | Path, recipe: StudyRecipe) -> None:
-    by_place: dict[str, Job | Collection | Evaluation | Arm] = {"pretrain": recipe.pretrain, "critic": recipe.critic}
-    by_place |= {"policy": recipe.policy, "data": recipe.data, "evaluation": recipe.evaluation}
-    by_place |= {f"arms.{name}": arm for name, arm in recipe.arms.items()}
-    for place, part in by_place.items():
-        for text in part.settings:
-            if text.partition("=")[0] in OWN_KEYS:
-                raise UsageError(f"--config {path}: {place}.settings: leave out '{text}', the study says that itself")
-    checks = {
-        "pretrain": recipe.pretrain_config,
-        "critic": recipe.critic_config,
-        "data": lambda: load_config(None, [*recipe.env_settings, *recipe.data.settings]),
-        "evaluation": lambda: load_config(None, [*recipe.env_settings, *recipe.evaluation.settings]),
-        **{f"arms.{name}": lambda name=name: _check_arm(recipe, name) for name in recipe.arms},
-    }
-    for place, check in checks.items():
-        try:
-            check()
-        except UsageError as error:
-            raise UsageError(f"--config {path}: {place}: {error}") from None
-
-
-def _check_arm(recipe: StudyRecipe, name: str) -> None:
-    arm = recipe.arms[name]
-    config = recipe.policy_config(arm)
-    if arm.method != "recap":
-        return
-    labels = recipe.labels_wanted(arm)
-    if labels.demos != config.recap.demos:
-        raise UsageError(f"recap.demos is {labels.demos} for the labels and {config.recap.demos} for the policy")
+def _check_differ(key: str, values: Sequence[float]) -> None:
+    """What is said twice would be counted twice."""
+    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+        raise ValueError(f"{key}: says {twice[0]:g} twice")

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from recap_ds.errors import UsageError
 from recap_ds.files.records import read_checked_json, write_checked_json
-from recap_ds.recipe import build_config, changed_keys
-from recap_ds.study.recipe import StudyRecipe, Unit, training_facts
+from recap_ds.study.facts import ANOTHER_RECIPE, changed_arm_facts, changed_shared_facts, shared_facts
+from recap_ds.study.recipe import StudyRecipe, Unit
 
 FORMAT_VERSION = 1
 
@@ -53,7 +53,7 @@ class StudyResults:
     def open(cls, path: Path, recipe: StudyRecipe) -> "StudyResults":
         """What is there, or nothing yet. UsageError where it is damaged, or of another recipe."""
         body: dict[str, Any] = {"format_version": FORMAT_VERSION, "study": recipe.name, "arms": {}, "units": []}
-        body["shared"] = recipe.shared_facts()
+        body["shared"] = shared_facts(recipe)
         if not path.exists():
             if not os.access(path.parent, os.W_OK):
                 raise UsageError(f"--results {path}: its folder is not there, or cannot be written to")
@@ -61,6 +61,8 @@ class StudyResults:
         there = read_checked_json(path, FORMAT_VERSION)
         try:
             units = [_unit_from(record) for record in there["units"]]
+            if len({result.unit for result in units}) < len(units):
+                raise ValueError("it holds a unit twice")
             _check_recipe(path, there, recipe)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, UsageError):
@@ -74,6 +76,8 @@ class StudyResults:
     def add(self, result: UnitResult, arm_facts: dict[str, Any]) -> None:
         """Durable when it returns."""
         with self._lock:
+            if self.has(result.unit):
+                raise UsageError(f"{self._path}: holds {result.unit.name} already")
             self.units.append(result)
             self._body["arms"][result.unit.arm] = arm_facts
             self._body["units"].append(_record_of(result))
@@ -81,23 +85,14 @@ class StudyResults:
 
 
 def _check_recipe(path: Path, there: dict[str, Any], recipe: StudyRecipe) -> None:
-    keys = changed_keys(_as_of_today(there["shared"], "pretrain", "critic"), recipe.shared_facts())
+    keys = changed_shared_facts(there["shared"], recipe)
     for name, facts in there["arms"].items():
         if name not in recipe.arms:
             keys.append(f"arms.{name} (gone)")
         else:
-            changed = changed_keys(_as_of_today(facts, "policy"), recipe.arm_facts(name))
-            keys += [f"arms.{name}.{key}" for key in changed]
+            keys += [f"arms.{name}.{key}" for key in changed_arm_facts(facts, recipe, name)]
     if keys:
-        raise UsageError(
-            f"{path}: holds results of another recipe: {', '.join(keys)}; give the recipe they were made with, or "
-            "another --results"
-        )
-
-
-def _as_of_today(facts: dict[str, Any], *trainings: str) -> dict[str, Any]:
-    """Keys that are newer than the results take their defaults: they were trained as these say."""
-    return facts | {training: training_facts(build_config(facts[training])) for training in trainings}
+        raise UsageError(f"{path}: holds results of another recipe: {', '.join(keys)}; {ANOTHER_RECIPE}")
 
 
 def _record_of(result: UnitResult) -> dict[str, Any]:

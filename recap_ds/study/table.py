@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recap_ds.evaluate.intervals import compare_paired, successes_per_hour, throughput_interval, wilson_interval
-from recap_ds.study.recipe import StudyRecipe
+from recap_ds.study.recipe import StudyRecipe, Unit
 from recap_ds.study.results import Episodes, StudyResults, UnitResult
 
 
@@ -35,10 +35,11 @@ class Pooled(NamedTuple):
 
 
 def pool(recipe: StudyRecipe, results: StudyResults) -> list[Pooled]:
-    """In the order of the recipe's arms; what nobody has run yet is absent."""
+    """The recipe's units in the order of its arms; what nobody has run yet is absent."""
     rows = []
     for arm in recipe.arms:
-        units = sorted((result for result in results.units if result.unit.arm == arm), key=lambda u: u.unit.seed)
+        wanted = {Unit(arm, seed) for seed in recipe.seeds_of(arm)}
+        units = sorted((result for result in results.units if result.unit in wanted), key=lambda u: u.unit.seed)
         if units:
             rows += [Pooled(arm, number, entry.guidance_beta, units) for number, entry in enumerate(units[0].entries)]
     return rows
@@ -49,18 +50,23 @@ def study_table(recipe: StudyRecipe, results: StudyResults) -> str:
     rows = pool(recipe, results)
     if not rows:
         return ""
-    header, *lines = study_rows(rows)
+    header, *lines = study_rows(recipe, rows)
     return "\n".join(_line(cells) for cells in (header, ["---"] * len(header), *lines))
 
 
-def study_rows(rows: Sequence[Pooled]) -> list[list[str]]:
+def first_row(recipe: StudyRecipe, rows: Sequence[Pooled]) -> Pooled | None:
+    """What the others are held against, the recipe's first arm; None while nobody has run it."""
+    return next((row for row in rows if row.arm == next(iter(recipe.arms))), None)
+
+
+def study_rows(recipe: StudyRecipe, rows: Sequence[Pooled]) -> list[list[str]]:
     """The titles, then a row of text for each of ``rows``."""
-    first, tasks = rows[0], list(rows[0].units[0].entries[0].tasks)
-    titles = ["arm", "guidance", *tasks, "all", "by seed", "successes per hour", f"against {first.arm}"]
+    first, tasks = first_row(recipe, rows), list(rows[0].units[0].entries[0].tasks)
+    titles = ["arm", "guidance", *tasks, "all", "by seed", "successes per hour", f"against {next(iter(recipe.arms))}"]
     return [titles, *(_cells(row, first, tasks) for row in rows)]
 
 
-def _cells(row: Pooled, first: Pooled, tasks: Sequence[str]) -> list[str]:
+def _cells(row: Pooled, first: Pooled | None, tasks: Sequence[str]) -> list[str]:
     rate, low, high = throughput(row, tasks)
     return [
         row.arm,
@@ -69,7 +75,7 @@ def _cells(row: Pooled, first: Pooled, tasks: Sequence[str]) -> list[str]:
         _with_interval(row.episodes(tasks)),
         ", ".join(f"{success_rate(one.episodes(tasks)):.2f}" for one in row.by_seed()),
         f"{rate:.0f} [{low:.0f}, {high:.0f}]",
-        "" if row is first else _against(row, first, tasks),
+        "" if first is None or row is first else _against(row, first, tasks),
     ]
 
 

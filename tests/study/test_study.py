@@ -2,20 +2,25 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 from recap_ds.cli.main import main
+from recap_ds.files.lock import exclusive
 from recap_ds.files.records import write_checked_json
-from recap_ds.study import unit
+from recap_ds.study import driver, unit
+from recap_ds.study.folder import claim_study, mark_whole
 from recap_ds.study.programs import Crew
+from recap_ds.study.reading import load_study_recipe
 from tests.distributed.harness import REPOSITORY
 from tests.said import one_line
 
@@ -25,7 +30,7 @@ CRITIC = {**POLICY, "value": {"critic": "distributional"}, "training": {"stage":
 
 
 class Desk:
-    """A working folder with a study's recipe; its data are whole already."""
+    """A working folder with a study's recipe; its data are there already, where ``collect`` is asked for them."""
 
     def __init__(self, folder):
         self.recipe, self.results = folder / "study.yaml", folder / "study.json"
@@ -48,9 +53,6 @@ class Desk:
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
         (folder / "ds_configs").symlink_to(REPOSITORY / "ds_configs")
         self.out = folder / "studies" / "toy"
-        self.out.mkdir(parents=True)
-        data = {"episodes": 4, "corrections": None, "demos": None, "settings": []}
-        (self.out / "data.json").write_text(json.dumps(data))
 
     def words(self, *flags):
         self.recipe.write_text(yaml.safe_dump(self.values, sort_keys=False))
@@ -65,6 +67,13 @@ class Desk:
         lines = journal.read_text().splitlines() if journal.is_file() else []
         journal.unlink(missing_ok=True)
         return [_job(*json.loads(line)) for line in lines]
+
+
+class Child:
+    """A process that notes what it is sent."""
+
+    def __init__(self, told, name):
+        self.send_signal = lambda number: told.append((name, number))
 
 
 def _job(program, *arguments):
@@ -82,9 +91,25 @@ ALL_JOBS = ["pretrain toy", *unit_jobs("plain-seed0", "plain-seed1", "guided-see
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch):
+def verbs():
+    """The words of every verb that was started."""
+    return []
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, verbs):
+    def verb(crew, what, log, *words):
+        verbs.append(list(words))
+        write_manifest(Path(words[words.index("--out") + 1]), f"{len(verbs)}: {what}")
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Crew, "verb", verb)
     return Desk(tmp_path)
+
+
+def write_manifest(shards, text):
+    shards.mkdir(parents=True)
+    (shards / "manifest.json").write_text(text)
 
 
 def test_every_unit_runs_once_and_a_longer_recipe_goes_on(desk, capsys):
@@ -160,36 +185,28 @@ def test_an_arm_may_judge_the_policy_of_another_under_other_guidances(desk, caps
     assert desk.study() == 0
     assert desk.jobs() == ["pretrain toy", *unit_jobs("plain-seed0"), "evaluate strong-seed0"]
     assert "| strong | 3 |" in capsys.readouterr().out
-    desk.results.unlink()
-    desk.values["arms"] = {"strong": desk.values["arms"]["strong"], "plain": desk.values["arms"]["plain"]}
+    desk.values["arms"]["stronger"] = desk.values["arms"]["strong"]
     (desk.out / "plain-seed0" / "policy" / "summary.json").unlink()
     assert desk.study() == 1
-    assert (
-        "strong-seed0: studies/toy/plain-seed0/policy, which it needs, is not trained; run its arm first"
-        in one_line(capsys)
+    assert "stronger-seed0: needs studies/toy/plain-seed0/policy, which is not there; give the --out" in one_line(
+        capsys
     )
 
 
-def test_a_further_round_is_collected_by_the_policy_of_another_arm_and_joins_the_data(desk, monkeypatch):
+def test_a_further_round_is_collected_by_the_policy_of_another_arm_and_joins_the_data(desk, verbs, monkeypatch):
     desk.values |= {"seeds": [4], "env_settings": ["env.image_size=32"]}
     after = {"by": "plain", "guidance_beta": 1.5, "collect": {"episodes": 6, "corrections": 2}}
     desk.values["arms"] = {"plain": {"method": "imitation"}, "next": {"method": "imitation", "after": after}}
-    verbs, merges = [], []
+    merges = []
 
     def merge(folders, out):
         merges.append([*map(str, folders), str(out)])
-        out.mkdir()
-        (out / "manifest.json").write_text("{}")
+        write_manifest(out, "merged")
 
-    def verb(crew, what, log, *words):
-        log.parent.mkdir()
-        verbs.append(list(words))
-
-    monkeypatch.setattr(Crew, "verb", verb)
     monkeypatch.setattr(unit, "merge_shards", merge)
     assert desk.study() == 0
     folder = "studies/toy/next-seed4"
-    assert verbs == [
+    assert verbs[1:] == [
         [
             *("collect", "--env", "reach", "--out", f"{folder}/collected", "--name", "study_plain"),
             *("--episodes", "6", "--corrections", "2"),
@@ -201,7 +218,7 @@ def test_a_further_round_is_collected_by_the_policy_of_another_arm_and_joins_the
     (train,) = [line for line in Path("journal").read_text().splitlines() if f'"runs_dir={folder}"' in line]
     assert f'"data.shards={folder}/data"' in train and '"training.start_from=studies/toy/pretrain"' in train
     desk.results.unlink()
-    assert desk.study() == 0 and len(verbs) == len(merges) == 1, "what is there is not collected again"
+    assert desk.study() == 0 and (len(verbs), len(merges)) == (2, 1), "what is there is not collected again"
 
 
 def test_a_unit_that_failed_in_the_middle_goes_on_with_the_job_that_failed(desk, capsys):
@@ -215,10 +232,57 @@ def test_a_unit_that_failed_in_the_middle_goes_on_with_the_job_that_failed(desk,
     assert desk.jobs() == ALL_JOBS[3:]
 
 
+def test_a_unit_waits_for_the_one_it_needs_and_rather_runs_beside_others_than_waits_for_their_critic(desk):
+    collect = {"episodes": 6}
+    desk.values["seeds"], desk.values["critic_seed"] = [0, 1], 9
+    desk.values["arms"] = {
+        "recap": {"method": "recap", "seeds": [0]},
+        "other": {"method": "recap"},
+        "next": {"method": "imitation", "after": {"by": "other", "collect": collect}},
+        "judge": {"method": "recap", "policy_of": "recap", "seeds": [0]},
+    }
+    desk.words()
+    recipe = load_study_recipe(desk.recipe)
+    done, running, order = set(), [], []
+    results = SimpleNamespace(has=lambda unit: unit in done)
+
+    def begin():
+        queue = [unit for unit in recipe.units() if unit not in done and unit not in running]
+        unit = driver._next(queue, running, recipe, results)
+        order.append(unit and unit.name)
+        if unit is not None:
+            running.append(unit)
+
+    def finish():
+        done.add(running.pop(0))
+
+    begin(), begin(), finish()
+    begin(), begin(), finish()
+    begin(), begin()
+    assert order == ["recap-seed0", "other-seed0", "judge-seed0", "other-seed1", "next-seed0", None]
+
+
+def test_children_are_told_once_whichever_signals_come(desk, monkeypatch):
+    told = []
+    monkeypatch.setattr(os, "write", lambda number, text: told.append(text.decode()))
+    crew = Crew(PROGRAMS, 2)
+    crew._running = {Child(told, "a"), Child(told, "b")}
+    crew.stop_at_signal(tell=False)
+    crew.stop()
+    (line,) = told
+    assert line == f"stopping: what runs saves first; if it does not hear of it: kill {os.getpid()}\n"
+    for _ in range(2):
+        crew.stop_at_signal()
+    assert sorted(told[1:]) == [("a", signal.SIGTERM), ("b", signal.SIGTERM)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_study_that_is_stopped_or_killed_in_a_unit_goes_on_with_it(desk, number):
-    assert desk.study("--table") == 0
     desk.values["seeds"] = [0]
+    desk.words()
+    claim_study(desk.out, load_study_recipe(desk.recipe), ())
+    write_manifest(desk.out / "data", "")
+    mark_whole(desk.out / "data")
     Path("wait").touch()
     command = [sys.executable, "-m", "recap_ds.cli.main", *desk.words("--jobs", "2")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as driver:
@@ -251,6 +315,12 @@ def test_results_that_are_damaged_or_of_another_recipe_are_refused_before_anythi
         desk.results.write_text(text)
         assert desk.study() == 2
         assert said in one_line(capsys)
+    twice = json.loads(whole)
+    del twice["sha256"]
+    twice["units"].append(twice["units"][0])
+    write_checked_json(desk.results, twice)
+    assert desk.study() == 2
+    assert "study.json: is not a study's results (ValueError: it holds a unit twice)" in one_line(capsys)
     older = json.loads(whole)
     del older["sha256"], older["arms"]["plain"]["policy"]["data"]["auto_episodes"]
     write_checked_json(desk.results, older)
@@ -262,9 +332,33 @@ def test_results_that_are_damaged_or_of_another_recipe_are_refused_before_anythi
     assert desk.study() == 2
     assert (
         "study.json: holds results of another recipe: evaluation.episodes, arms.plain.policy.training.weight_decay; "
-        "give the recipe they were made with, or another --results"
+        "give the recipe they were made with, or another --out and another --results"
     ) in one_line(capsys)
     assert desk.jobs() == []
+
+
+def test_two_studies_do_not_write_into_one_results_file(desk, capsys):
+    with exclusive(desk.results.with_name(".study.json.lock"), "x", print):
+        assert desk.study("--out", "elsewhere") == 2
+        assert "--results " in (said := one_line(capsys)) and "study.json: another process works on it (host" in said
+        assert desk.study("--table") == 0
+    assert desk.jobs() == []
+
+
+def test_the_table_is_of_the_recipes_units_and_against_its_first_arm(desk, capsys):
+    assert desk.study() == 0
+    desk.values["seeds"] = [1]
+    capsys.readouterr()
+    assert desk.study("--table") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| plain |")]
+    assert [row.split("|")[6].strip() for row in rows] == ["0.50"], "seed 0 is not the recipe's any more"
+    desk.values["arms"] = {"new": {"method": "imitation"}, **desk.values["arms"]}
+    assert desk.study("--table") == 0
+    header, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert header.endswith("| against new |") and len(rows) == 3 and all(row.endswith("|  |") for row in rows)
+    desk.values["seeds"], desk.values["arms"]["guided"]["seeds"] = [7], [7]
+    assert desk.study("--table") == 0
+    assert "no unit is done" in capsys.readouterr().out
 
 
 def test_wrong_flags_end_in_one_line(desk, capsys):
@@ -280,15 +374,96 @@ def test_wrong_flags_end_in_one_line(desk, capsys):
     assert desk.jobs() == []
 
 
-def test_an_evaluation_of_other_episodes_is_not_taken_for_this_one(desk, capsys):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"env": "pusht"}, "studies/toy: holds runs of another recipe: env; give the recipe they were made with, or"),
+        ({"env_settings": ["env.image_size=32"]}, "env_settings.env.image_size; "),
+        ({"critic": {"recipe": "critic.yaml", "settings": ["evaluation.gate=nll"]}}, "critic.evaluation.gate; "),
+        ({"pretrain": {"recipe": "policy.yaml", "settings": ["max_state_dim=9"]}}, "pretrain.max_state_dim; "),
+        ({"deepspeed": "other.json"}, "deepspeed.zero_optimization"),
+        (
+            {"arms": {"plain": {"method": "imitation", "settings": ["training.weight_decay=0.5"]}}},
+            "plain-seed0: holds runs of another recipe: policy.training.weight_decay; ",
+        ),
+    ],
+)
+def test_runs_of_another_recipe_are_not_taken_for_this_one(desk, change, said, capsys):
+    Path("fail").write_text("studies/toy/guided-seed1/policy")
+    assert desk.study() == 1, "units are half made"
+    desk.results.unlink()
+    desk.jobs(), capsys.readouterr()
+    Path("other.json").write_text('{"zero_optimization": {"stage": 2}}')
+    before = desk.values
+    desk.values = before | change
+    assert desk.study() == 2
+    assert said in one_line(capsys) and desk.jobs() == []
+    harmless = ["data.num_workers=7", "logging.every_steps=3", "training.weight_decay=0.2"]
+    desk.values = before | {"name": "renamed", "policy": {"recipe": "policy.yaml", "settings": harmless}}
+    assert desk.study("--out", str(desk.out)) == 0
+    assert desk.jobs() == unit_jobs("guided-seed1"), "what changes no result is free"
+
+
+def test_what_was_made_of_something_that_is_there_no_more_is_not_taken(desk, capsys):
+    desk.values["seeds"], desk.values["arms"] = [0], {"plain": {"method": "imitation"}}
     assert desk.study() == 0
     desk.results.unlink()
-    desk.values["evaluation"]["episodes"] = 9
+    for gone, refused in (
+        ("plain-seed0/policy", "plain-seed0/evaluation_results.json: was made of another policy than there is now;"),
+        ("pretrain", "plain-seed0/policy: was made of another pre-training than there is now; remove it,"),
+        ("data", "pretrain: was made of another shards than there is now; remove it,"),
+    ):
+        shutil.rmtree(desk.out / gone)
+        capsys.readouterr()
+        assert desk.study() == 2
+        assert refused in one_line(capsys)
+
+
+def test_a_folder_that_does_not_say_whose_it_is_or_is_cut_off_ends_in_one_line(desk, capsys):
+    (desk.out / "data").mkdir(parents=True)
     assert desk.study() == 2
-    assert (
-        "evaluation_results.json: is of another evaluation (8 episodes from seed 1000, guidance 1.0); remove it"
-        in one_line(capsys)
-    )
+    assert "toy/data: is there, but no studies/toy/study.json that says of which recipe;" in one_line(capsys)
+    (desk.out / "data").rmdir()
+    assert desk.study() == 0
+    desk.results.unlink()
+    for name in ("data.json", "plain-seed0/policy.sources.json", "plain-seed0/unit.json", "study.json"):
+        record = desk.out / name
+        whole = record.read_text()
+        record.write_text(whole[:20])
+        assert desk.study() == 2
+        assert f"{name}: is cut off or not JSON; restore it, or give another --out" in one_line(capsys)
+        record.write_text(whole)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda told: told["entries"][1]["episodes"].pop(),
+            "is not whole (7 and 8 of 8 episodes at 10 fps); remove it",
+        ),
+        (lambda told: told["entries"][0].pop("indicator"), "cannot be read (KeyError: 'indicator'); remove it"),
+        (lambda told: told.pop("fps"), "cannot be read (KeyError: 'fps'); remove it"),
+        (lambda told: told.update(seed=7), "is of another evaluation (8 episodes from seed 7, guidance 1.0, 2.0);"),
+    ],
+)
+def test_an_evaluation_that_is_not_whole_ends_in_one_line(desk, spoil, said, capsys):
+    assert desk.study() == 0
+    desk.results.unlink()
+    path = desk.out / "guided-seed1" / "evaluation_results.json"
+    values = json.loads(path.read_text())
+    spoil(values["rollouts"])
+    path.write_text(json.dumps(values))
+    capsys.readouterr()
+    assert desk.study() == 2
+    assert f"evaluation_results.json: {said}" in one_line(capsys)
+
+
+def arm(name="a", **values):
+    """A recipe's arms: three that are as they should be, and ``name``."""
+    after = {"by": "plain", "collect": {"episodes": 1}}
+    arms = {"plain": {"method": "imitation"}, "judge": {"method": "imitation", "policy_of": "plain"}}
+    return {"arms": {**arms, "next": {"method": "imitation", "after": after}, name: {"method": "imitation", **values}}}
 
 
 @pytest.mark.parametrize(
@@ -296,10 +471,53 @@ def test_an_evaluation_of_other_episodes_is_not_taken_for_this_one(desk, capsys)
     [
         ({"arm": {}}, "unknown key 'arm'; did you mean 'arms'?"),
         ({"seeds": []}, "seeds: "),
+        ({"seeds": [0, 1, 0]}, "seeds: says 0 twice"),
+        ({"seeds": [-1]}, "seeds.0: input should be greater than or equal to 0"),
+        ({"seeds": [300_000_000]}, "evaluation: evaluation.rollout_seed: input should be less than 2147483648"),
+        (
+            {"env_settings": ["collect.stall_frames=3"]},
+            "env_settings: collect.stall_frames: does not belong to the env",
+        ),
+        ({"env": "metaworld:a,b,c", "evaluation": {"episodes": 2}}, "episodes: 2 are too few for the 3 tasks of metaw"),
+        ({"label_settings": ["label.lokahead=3"]}, "critic: the command line: unknown key 'label.lokahead'"),
+        ({"label_settings": ["recap.sft=true"]}, "label_settings: recap.sft: is settled by the critic"),
+        ({"joint": {"recipe": "policy.yaml", "settings": ["name=x"]}}, "joint: settings: leave out 'name=x'"),
+        (arm(name="a b"), "arms.a b: name it with letters, digits, - and _"),
+        (arm(seeds=[]), "arms.a.seeds: "),
+        (arm(seeds=[1, 1]), "arms.a.seeds: says 1 twice"),
+        (arm(guidance_betas=[1.0, 2.0, 1.0]), "arms.a.guidance_betas: says 1 twice"),
+        (arm(guidance_betas=[-1.0]), "arms.a.guidance_betas.0: input should be greater than or equal to 0"),
+        (arm(guidance_betas=[float("nan")]), "arms.a.guidance_betas.0: input should be "),
+        (
+            arm(method="recap", labels=["label.batch_size=2"]),
+            "arms.a: label.batch_size: does not change labels of stor",
+        ),
+        (
+            arm(method="recap", labels=["label.source=iql"]),
+            "arms.a: label.source=iql is not to be had from a critic of",
+        ),
+        (arm(policy_of="a"), "arms.a.policy_of: 'a' has to stand before it"),
+        (arm(policy_of="judge"), "arms.a.policy_of: 'judge' trains no policy; name the arm whose policy it judges"),
+        (arm(policy_of="plain", seeds=[5]), "arms.a.seeds: 'plain', whose policy it needs, has not all of them"),
+        (
+            arm(policy_of="plain", settings=["chunk_size=2"]),
+            "arms.a.policy_of: trains nothing, so there is no use for ",
+        ),
+        (arm(policy_of="plain", method="recap"), "arms.a.policy_of: 'plain' is of method imitation; write that here"),
+        (arm(after={"by": "judge", "collect": {"episodes": 1}}), "arms.a.after.by: 'judge' trains no policy"),
+        (arm(after={"by": "next", "collect": {"episodes": 1}}), "arms.a.after.by: 'next' comes after another arm itse"),
+        (
+            arm(after={"by": "plain", "collect": {"episodes": 1, "settings": ["collect.stal_frames=1"]}}),
+            "arms.a.after.collect: the command line: unknown key 'collect.stal_frames'",
+        ),
+        (
+            arm(after={"by": "plain", "collect": {"episodes": 1, "settings": ["evaluation.guidance_betas=[2]"]}}),
+            "arms.a.after.collect: settings: leave out 'evaluation.guidance_betas=[2]'",
+        ),
         ({"policy": {"recipe": "none.yaml"}}, "arms.plain: --config none.yaml: cannot be read"),
         ({"policy": {"recipe": "policy.yaml", "settings": ["training.seed=3"]}}, "leave out 'training.seed=3'"),
         ({"pretrain": {}}, "'pretrain.recipe' is missing"),
-        ({"deepspeed": "none.json"}, "deepspeed: there is no file none.json"),
+        ({"deepspeed": "none.json"}, "deepspeed: none.json: cannot be read (No such file or directory)"),
         ({"data": {"episodes": 4, "settings": ["collect.expert_sped=1"]}}, "did you mean 'collect.expert_speed'?"),
         ({"evaluation": {"episodes": 0}}, "evaluation.episodes: "),
         ({"arms": {"a": {"method": "joint"}}}, "arms.a: method joint needs 'joint'"),

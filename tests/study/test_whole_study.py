@@ -69,4 +69,4 @@ def test_recap_from_the_collection_to_the_table(tmp_path, monkeypatch, capsys):
     (tmp_path / "study.json").unlink()
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(recipe | {"label_settings": ["label.lookahead=8"]}))
     assert main(["study", "--config", "study.yaml", "--programs", str(REPOSITORY / "launch")]) == 2
-    assert "labels/critic9: holds labels of other settings; remove it" in capsys.readouterr().err
+    assert "toy: holds runs of another recipe: critic.label.lookahead, label_settings.label" in capsys.readouterr().err
