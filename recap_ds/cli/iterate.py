@@ -39,17 +39,18 @@ def run(args: argparse.Namespace) -> int:
     if recipe.evaluate is not None:
         results = [policy.parent / RESULTS_NAME for policy in policies]
         print(iterations_table(results))
-        _write_report(out, policies, results)
+        _write_report(recipe.name, out, policies, results)
     print(f"done: {len(policies)} iteration(s); next: recap-ds consolidate {policies[-1]} exports/{recipe.name}")
     return 0
 
 
-def _write_report(out: Path, policies: list[Path], results: list[Path]) -> None:
+def _write_report(name: str, out: Path, policies: list[Path], results: list[Path]) -> None:
     """The last iteration's jobs, and what every iteration's policy does."""
     from recap_ds.report.build import REPORT_NAME, build_report, find_sources, write_report
 
     page = out / REPORT_NAME
-    write_report(page, build_report(find_sources([policies[-1].parent, *results]), page).page)
+    sources = find_sources([policies[-1].parent, *results])
+    write_report(page, build_report(sources, page, f"Iterations {name}").page)
     print(f"written: {page}")
 
 

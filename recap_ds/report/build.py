@@ -87,8 +87,8 @@ def default_out(sources: Sources) -> Path:
     return sources.runs[0] / REPORT_NAME if len(sources.runs) == 1 else Path(REPORT_NAME)
 
 
-def build_report(sources: Sources, out: Path) -> Report:
-    """``out``: where the page will lie, as films are named relative to it."""
+def build_report(sources: Sources, out: Path, title: str | None = None) -> Report:
+    """``out``: where the page will lie, as films are named relative to it. ``title`` None: what it is about."""
     now = time.time()
     runs = [_judge_run(path, name, now) for path, name in zip(sources.runs, run_names(sources.runs), strict=True)]
     results = [read_evaluation(path) for path in sources.results]
@@ -109,9 +109,11 @@ def build_report(sources: Sources, out: Path) -> Report:
         Chapter("Settings and provenance", "".join(settings_part(record, several) for record in records)),
     ]
     names = [record.name for record in records]
-    names += [f"labels {path.name}" for path in sources.labels] + [evaluation.checkpoint for evaluation in results]
+    names += [f"labels {path.resolve().name}" for path in sources.labels] + [
+        evaluation.checkpoint for evaluation in results
+    ]
     written = f"{datetime.fromtimestamp(now, timezone.utc):%Y-%m-%d %H:%M} UTC"
-    page = whole_page(", ".join(dict.fromkeys(names)), f"recap_ds {__version__}, written {written}", chapters)
+    page = whole_page(title or ", ".join(dict.fromkeys(names)), f"recap_ds {__version__}, written {written}", chapters)
     return Report(page, [printable(each.line) for each in runs])
 
 
@@ -149,7 +151,12 @@ def run_names(runs: Sequence[Path]) -> list[str]:
 
 def _verdict(runs: Sequence[Judged], results: Sequence[Evaluation]) -> str:
     cards = [verdict_card(each, runs[0] if len(runs) > 1 else None) for each in runs]
-    told = [finding for each in results for finding in rollout_findings(each.rollouts)]
+    # One alone needs no name.
+    told = [
+        finding._replace(text=f"{each.checkpoint}: {finding.text}" if len(results) > 1 else finding.text)
+        for each in results
+        for finding in rollout_findings(each.rollouts)
+    ]
     return "".join([*cards, findings_card(told)])
 
 

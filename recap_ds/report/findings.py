@@ -240,11 +240,12 @@ def rollout_findings(rollouts: Rollouts | None) -> Iterator[Finding]:
     """Success of the best way to act, and whether its lead over the first can be chance."""
     if rollouts is None or not rollouts.entries:
         return
-    first, best = rollouts.entries[0], max(rollouts.entries, key=lambda entry: entry.rate.success)
+    first = rollouts.entries[0]
+    best = max(rollouts.entries, key=lambda entry: (entry.rate.success, entry.rate.per_hour))
     low, high = best.rate.success_interval
     said = (
         f"{rollouts.env}: {best.rate.success:.0%} success [{low:.0%}, {high:.0%}] over {best.rate.num_episodes} "
-        f"episodes ({best.told})"
+        f"episodes, {best.rate.per_hour:,.0f} an hour ({best.told})"
     )
     if best is not first and best.p_value is not None:
         chance = "can well be chance" if best.p_value > SURE_P_VALUE else "is hardly chance"

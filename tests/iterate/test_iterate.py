@@ -184,7 +184,7 @@ def test_in_a_simulator_an_iteration_ends_with_rollouts_and_the_next_begins_with
 
     monkeypatch.setattr(driver, "_run", run)
     monkeypatch.setattr(driver, "merge_shards", merge)
-    monkeypatch.setattr(cli_iterate, "_write_report", lambda out, policies, results: None)
+    monkeypatch.setattr(cli_iterate, "_write_report", lambda name, out, policies, results: None)
     assert desk.iterate("--iterations", "2") == 0
     first, second = (Path(f"iterations/mw/iteration_0{number}") for number in (1, 2))
     assert desk.jobs() == [
@@ -211,7 +211,7 @@ def test_in_a_simulator_an_iteration_ends_with_rollouts_and_the_next_begins_with
 
 
 def test_an_evaluation_that_was_asked_for_otherwise_is_made_again(desk, monkeypatch, capsys):
-    monkeypatch.setattr(cli_iterate, "_write_report", lambda out, policies, results: None)
+    monkeypatch.setattr(cli_iterate, "_write_report", lambda name, out, policies, results: None)
 
     def jobs(**values):
         desk.values |= values

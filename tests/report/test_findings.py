@@ -177,7 +177,7 @@ def test_success_is_told_with_what_chance_could_do(tmp_path):
     path = write_run(tmp_path / "run")
     results = made_results(made_entry(5), made_entry(10, (6, 1, 0.125), guidance_beta=2.0))
     (path / "evaluation_results.json").write_text(json.dumps(results))
-    assert "reach: 50% success [30%, 70%] over 20 episodes (positive, beta 2)" in said(path, "good")
+    assert "reach: 50% success [30%, 70%] over 20 episodes, 50 an hour (positive, beta 2)" in said(path, "good")
     assert "won 6 and lost 1 of the same episodes, which can well be chance (p = 0.12)" in said(path)
     assert "recap-ds collect" in next_steps(*judged(path)[:2])[0]
     others = made_results(made_entry(0), made_entry(4, (4, 0, 0.125)), made_entry(2, (2, 0, 0.5)))
