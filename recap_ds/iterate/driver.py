@@ -8,19 +8,17 @@ in the foreground and stops at the first that fails; started again, it goes on w
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from recap_ds.data.merge import merge_shards
 from recap_ds.errors import EXIT_STOPPED, RunFailed, RunStopped, UsageError
 from recap_ds.iterate.folder import IterationFolder, check_settings
+from recap_ds.iterate.program import Program
 from recap_ds.iterate.recipe import IterationRecipe, TrainingJob
 
 TRAIN, LABEL, EVALUATE = "train.py", "label.py", "evaluate.py"
-GRACE_SECONDS = 2.0
 
 
 def iterate(
@@ -130,55 +128,12 @@ def _launcher(launcher: str, programs: Path) -> list[str]:
     return words
 
 
-class _Job:
-    """A program that runs while it is waited for, and is told to save and end when we are told to.
-
-    Ours are a scheduler's warning, and Ctrl-C, which the whole process group gets: the job has a moment to end by that.
-    """
-
-    def __init__(self) -> None:
-        self.is_stopping = False
-        self._process: subprocess.Popen | None = None
-        self._later: threading.Timer | None = None
-
-    def run(self, command: Sequence[str]) -> int:
-        """Its exit code; it reads and writes our terminal."""
-        ways = {signal.SIGTERM: lambda *_: self._stop(), signal.SIGINT: lambda *_: self._stop(GRACE_SECONDS)}
-        # One that was ignored when we began (nohup) stays ignored.
-        heard = [number for number in ways if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, ways[number]) for number in heard}
-        try:
-            self._process = subprocess.Popen(command)
-            if self.is_stopping:  # since a moment ago
-                self._tell()
-            return self._process.wait()
-        finally:
-            if self._later is not None:
-                self._later.cancel()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _stop(self, seconds: float = 0.0) -> None:
-        self.is_stopping = True
-        if not seconds:
-            self._tell()
-        elif self._later is None:
-            self._later = threading.Timer(seconds, self._tell)
-            self._later.daemon = True
-            self._later.start()
-
-    def _tell(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)
-
-
 def _run(what: str, command: Sequence[str]) -> None:
     """One job to its end. RunFailed where it fails, RunStopped where it or we were told to stop."""
     print(f"{what}: {shlex.join(command)}", flush=True)
-    job = _Job()
-    code = job.run(command)
-    # A launcher may end by the signal itself; the ranks below it notice, and save.
-    if code == EXIT_STOPPED or job.is_stopping:
+    program = Program()
+    code = program.run(command)
+    if code == EXIT_STOPPED or program.is_stopping:
         print(f"{what} was stopped; the same command goes on from there", file=sys.stderr)
         raise RunStopped(what)
     if code != 0:

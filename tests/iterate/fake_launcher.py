@@ -4,11 +4,13 @@
 
 ``JOURNAL.fail`` names a job (critic, label, policy); the fake fails at it once, after half its work. While there is a
 ``JOURNAL.wait``, a job trains until it is told to stop, and ends as a training run does that saved in time; where that
-says "dies", by the signal, as ``deepspeed`` itself.
+says "dies", by the signal. Where it says "launches", the job is a rank below this process, which dies by the signal.
 """
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -81,12 +83,21 @@ def evaluate(journal, arguments):
     return 0
 
 
+def save(journal):
+    Path(f"{journal}.saved").touch()
+    sys.exit(75)
+
+
 def main(journal, program, *arguments):
-    if Path(f"{journal}.wait").is_file() and Path(f"{journal}.wait").read_text() != "dies":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    waiting = Path(f"{journal}.wait")
+    how = waiting.read_text() if waiting.is_file() else ""
+    if how == "launches" and "LOCAL_RANK" not in os.environ:
+        return subprocess.call([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": "0"})
+    if waiting.is_file() and how != "dies":
+        signal.signal(signal.SIGTERM, lambda *_: save(journal))
     with open(journal, "a", encoding="utf-8") as file:
         file.write(json.dumps([Path(program).name, *arguments]) + "\n")
-    if Path(f"{journal}.wait").is_file():
+    if waiting.is_file():
         time.sleep(60)
     return {"train.py": train, "label.py": label, "evaluate.py": evaluate}[Path(program).name](journal, arguments)
 

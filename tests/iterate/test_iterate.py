@@ -16,7 +16,7 @@ import yaml
 
 from recap_ds.cli import iterate as cli_iterate
 from recap_ds.cli.main import main
-from recap_ds.iterate import driver, folder
+from recap_ds.iterate import driver, folder, program
 from recap_ds.iterate.recipe import load_iteration_recipe
 from tests.said import one_line
 
@@ -41,9 +41,9 @@ class Desk:
         for name in ("critic", "policy"):
             shutil.copy(REPOSITORY / "launch" / "recipes" / f"metaworld_{name}.yaml", folder / f"{name}.yaml")
         shutil.copytree(REPOSITORY / "ds_configs", folder / "ds_configs")
-        for program in ("train.py", "label.py", "evaluate.py"):
+        for script in ("train.py", "label.py", "evaluate.py"):
             (folder / "launch").mkdir(exist_ok=True)
-            (folder / "launch" / program).touch()
+            (folder / "launch" / script).touch()
         for shards in self.values["shards"]:
             (folder / shards).mkdir(parents=True)
             (folder / shards / "manifest.json").write_text("{}")
@@ -332,9 +332,10 @@ def test_a_warning_from_the_scheduler_reaches_the_job_and_the_driver_ends_after_
     assert desk.jobs() == ALL_JOBS
 
 
-@pytest.mark.parametrize("job", ["saves", "dies"])
+@pytest.mark.parametrize("job", ["saves", "dies", "launches"])
 def test_ctrl_c_at_the_driver_alone_reaches_the_job(desk, capsys, monkeypatch, job):
-    monkeypatch.setattr(driver, "GRACE_SECONDS", 0.05)
+    """Which may be a rank below its launcher: the signal would end that one, and nothing be saved."""
+    monkeypatch.setattr(program, "GRACE_SECONDS", 0.05)
     Path(f"{desk.journal}.wait").write_text(job)
 
     def interrupt():
@@ -351,6 +352,7 @@ def test_ctrl_c_at_the_driver_alone_reaches_the_job(desk, capsys, monkeypatch, j
         signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
     assert said == "iteration 1: critic was stopped; the same command goes on from there\n"
+    assert Path(f"{desk.journal}.saved").is_file() == (job != "dies")
 
 
 def test_a_folder_of_shards_that_changed_its_place_is_refused(desk, capsys):
