@@ -1,9 +1,11 @@
 """What lies in a study's folder, of which recipe and made of what: nothing is taken for what it is not.
 
-OUT/study.json              what all units share, as the recipe says it
-OUT/ARM-seed0/unit.json     what is the arm's own, and the arm's that it needs
-HOME/THING.sources.json     hashes of what THING is made of, written before it is begun
-HOME/THING.json             of shards that were collected: the hash of the whole, written after
+    OUT/study.json              what all units share, as the recipe says it
+    OUT/ARM-seed0/unit.json     what is the arm's own, and the arm's that it needs
+    HOME/THING.sources.json     hashes of what THING is made of, written before it is begun
+    HOME/THING.json             of shards that were collected: the hash of the whole, written after
+
+A thing of other sources is refused and not made anew by itself: it may have taken days.
 """
 
 import hashlib
@@ -39,7 +41,8 @@ def claim_unit(out: Path, recipe: StudyRecipe, unit: Unit) -> None:
 
 def _check_unit(out: Path, recipe: StudyRecipe, unit: Unit) -> None:
     folder = out / unit.name
-    _check_facts(folder / UNIT_NAME, lambda there: changed_arm_facts(there, recipe, unit.arm), (folder,))
+    made = [folder / name for name in ("collected", "critic", "policy", "evaluation_results.json")]
+    _check_facts(folder / UNIT_NAME, lambda there: changed_arm_facts(there, recipe, unit.arm), made)
 
 
 def _check_facts(record: Path, changed: Callable[[dict[str, Any]], list[str]], made: Iterable[Path]) -> None:

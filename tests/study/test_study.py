@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,61 +11,17 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 
-from recap_ds.cli.main import main
+from recap_ds.errors import UsageError
 from recap_ds.files.lock import exclusive
 from recap_ds.files.records import write_checked_json
 from recap_ds.study import driver, unit
 from recap_ds.study.folder import claim_study, mark_whole
 from recap_ds.study.programs import Crew
 from recap_ds.study.reading import load_study_recipe
-from tests.distributed.harness import REPOSITORY
+from recap_ds.study.results import StudyResults
 from tests.said import one_line
-
-PROGRAMS = Path(__file__).with_name("programs")
-POLICY = {"max_action_dim": 2, "max_state_dim": 4, "model": {"vlm_model_name": "tiny"}, "training": {"stage": "policy"}}
-CRITIC = {**POLICY, "value": {"critic": "distributional"}, "training": {"stage": "critic"}}
-
-
-class Desk:
-    """A working folder with a study's recipe; its data are there already, where ``collect`` is asked for them."""
-
-    def __init__(self, folder):
-        self.recipe, self.results = folder / "study.yaml", folder / "study.json"
-        self.values = {
-            "name": "toy",
-            "env": "reach",
-            "data": {"episodes": 4},
-            "pretrain": {"recipe": "policy.yaml"},
-            "critic": {"recipe": "critic.yaml"},
-            "policy": {"recipe": "policy.yaml", "settings": ["training.weight_decay=0.2"]},
-            "evaluation": {"episodes": 8},
-            "seeds": [0, 1],
-            "arms": {
-                "plain": {"method": "imitation"},
-                "guided": {"method": "imitation", "settings": ["data.auto_episodes=successful"], "seeds": [1]},
-            },
-        }
-        self.values["arms"]["guided"]["guidance_betas"] = [1.0, 2.0]
-        for name, values in (("policy", {**POLICY, "recap": {"sft": True}}), ("critic", CRITIC)):
-            (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
-        (folder / "ds_configs").symlink_to(REPOSITORY / "ds_configs")
-        self.out = folder / "studies" / "toy"
-
-    def words(self, *flags):
-        self.recipe.write_text(yaml.safe_dump(self.values, sort_keys=False))
-        return ["study", "--config", str(self.recipe), "--programs", str(PROGRAMS), *flags]
-
-    def study(self, *flags):
-        return main(self.words(*flags))
-
-    def jobs(self):
-        """What was started since the last look, by the run or the results it is of."""
-        journal = Path("journal")
-        lines = journal.read_text().splitlines() if journal.is_file() else []
-        journal.unlink(missing_ok=True)
-        return [_job(*json.loads(line)) for line in lines]
+from tests.study.conftest import PROGRAMS, write_manifest
 
 
 class Child:
@@ -76,40 +31,11 @@ class Child:
         self.send_signal = lambda number: told.append((name, number))
 
 
-def _job(program, *arguments):
-    if program == "evaluate":
-        return f"evaluate {Path(arguments[arguments.index('--out') + 1]).parent.name}"
-    settings = dict(word.split("=", 1) for word in arguments if "=" in word)
-    return f"{settings['name']} {Path(settings['runs_dir']).name}"
-
-
 def unit_jobs(*names):
     return [f"{job} {name}" for name in names for job in ("policy", "evaluate")]
 
 
 ALL_JOBS = ["pretrain toy", *unit_jobs("plain-seed0", "plain-seed1", "guided-seed1")]
-
-
-@pytest.fixture
-def verbs():
-    """The words of every verb that was started."""
-    return []
-
-
-@pytest.fixture
-def desk(tmp_path, monkeypatch, verbs):
-    def verb(crew, what, log, *words):
-        verbs.append(list(words))
-        write_manifest(Path(words[words.index("--out") + 1]), f"{len(verbs)}: {what}")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Crew, "verb", verb)
-    return Desk(tmp_path)
-
-
-def write_manifest(shards, text):
-    shards.mkdir(parents=True)
-    (shards / "manifest.json").write_text(text)
 
 
 def test_every_unit_runs_once_and_a_longer_recipe_goes_on(desk, capsys):
@@ -321,6 +247,10 @@ def test_results_that_are_damaged_or_of_another_recipe_are_refused_before_anythi
     write_checked_json(desk.results, twice)
     assert desk.study() == 2
     assert "study.json: is not a study's results (ValueError: it holds a unit twice)" in one_line(capsys)
+    desk.results.write_text(whole)
+    results = StudyResults.open(desk.results, load_study_recipe(desk.recipe))
+    with pytest.raises(UsageError, match="holds plain-seed0 already"):
+        results.add(results.units[0], {})
     older = json.loads(whole)
     del older["sha256"], older["arms"]["plain"]["policy"]["data"]["auto_episodes"]
     write_checked_json(desk.results, older)
@@ -371,170 +301,4 @@ def test_wrong_flags_end_in_one_line(desk, capsys):
     ):
         assert desk.study(*flags) == 2
         assert said in one_line(capsys)
-    assert desk.jobs() == []
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"env": "pusht"}, "studies/toy: holds runs of another recipe: env; give the recipe they were made with, or"),
-        ({"env_settings": ["env.image_size=32"]}, "env_settings.env.image_size; "),
-        ({"critic": {"recipe": "critic.yaml", "settings": ["evaluation.gate=nll"]}}, "critic.evaluation.gate; "),
-        ({"pretrain": {"recipe": "policy.yaml", "settings": ["max_state_dim=9"]}}, "pretrain.max_state_dim; "),
-        ({"deepspeed": "other.json"}, "deepspeed.zero_optimization"),
-        (
-            {"arms": {"plain": {"method": "imitation", "settings": ["training.weight_decay=0.5"]}}},
-            "plain-seed0: holds runs of another recipe: policy.training.weight_decay; ",
-        ),
-    ],
-)
-def test_runs_of_another_recipe_are_not_taken_for_this_one(desk, change, said, capsys):
-    Path("fail").write_text("studies/toy/guided-seed1/policy")
-    assert desk.study() == 1, "units are half made"
-    desk.results.unlink()
-    desk.jobs(), capsys.readouterr()
-    Path("other.json").write_text('{"zero_optimization": {"stage": 2}}')
-    before = desk.values
-    desk.values = before | change
-    assert desk.study() == 2
-    assert said in one_line(capsys) and desk.jobs() == []
-    harmless = ["data.num_workers=7", "logging.every_steps=3", "training.weight_decay=0.2"]
-    desk.values = before | {"name": "renamed", "policy": {"recipe": "policy.yaml", "settings": harmless}}
-    assert desk.study("--out", str(desk.out)) == 0
-    assert desk.jobs() == unit_jobs("guided-seed1"), "what changes no result is free"
-
-
-def test_what_was_made_of_something_that_is_there_no_more_is_not_taken(desk, capsys):
-    desk.values["seeds"], desk.values["arms"] = [0], {"plain": {"method": "imitation"}}
-    assert desk.study() == 0
-    desk.results.unlink()
-    for gone, refused in (
-        ("plain-seed0/policy", "plain-seed0/evaluation_results.json: was made of another policy than there is now;"),
-        ("pretrain", "plain-seed0/policy: was made of another pre-training than there is now; remove it,"),
-        ("data", "pretrain: was made of another shards than there is now; remove it,"),
-    ):
-        shutil.rmtree(desk.out / gone)
-        capsys.readouterr()
-        assert desk.study() == 2
-        assert refused in one_line(capsys)
-
-
-def test_a_folder_that_does_not_say_whose_it_is_or_is_cut_off_ends_in_one_line(desk, capsys):
-    (desk.out / "data").mkdir(parents=True)
-    assert desk.study() == 2
-    assert "toy/data: is there, but no studies/toy/study.json that says of which recipe;" in one_line(capsys)
-    (desk.out / "data").rmdir()
-    assert desk.study() == 0
-    desk.results.unlink()
-    for name in ("data.json", "plain-seed0/policy.sources.json", "plain-seed0/unit.json", "study.json"):
-        record = desk.out / name
-        whole = record.read_text()
-        record.write_text(whole[:20])
-        assert desk.study() == 2
-        assert f"{name}: is cut off or not JSON; restore it, or give another --out" in one_line(capsys)
-        record.write_text(whole)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (
-            lambda told: told["entries"][1]["episodes"].pop(),
-            "is not whole (7 and 8 of 8 episodes at 10 fps); remove it",
-        ),
-        (lambda told: told["entries"][0].pop("indicator"), "cannot be read (KeyError: 'indicator'); remove it"),
-        (lambda told: told.pop("fps"), "cannot be read (KeyError: 'fps'); remove it"),
-        (lambda told: told.update(seed=7), "is of another evaluation (8 episodes from seed 7, guidance 1.0, 2.0);"),
-    ],
-)
-def test_an_evaluation_that_is_not_whole_ends_in_one_line(desk, spoil, said, capsys):
-    assert desk.study() == 0
-    desk.results.unlink()
-    path = desk.out / "guided-seed1" / "evaluation_results.json"
-    values = json.loads(path.read_text())
-    spoil(values["rollouts"])
-    path.write_text(json.dumps(values))
-    capsys.readouterr()
-    assert desk.study() == 2
-    assert f"evaluation_results.json: {said}" in one_line(capsys)
-
-
-def arm(name="a", **values):
-    """A recipe's arms: three that are as they should be, and ``name``."""
-    after = {"by": "plain", "collect": {"episodes": 1}}
-    arms = {"plain": {"method": "imitation"}, "judge": {"method": "imitation", "policy_of": "plain"}}
-    return {"arms": {**arms, "next": {"method": "imitation", "after": after}, name: {"method": "imitation", **values}}}
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"arm": {}}, "unknown key 'arm'; did you mean 'arms'?"),
-        ({"seeds": []}, "seeds: "),
-        ({"seeds": [0, 1, 0]}, "seeds: says 0 twice"),
-        ({"seeds": [-1]}, "seeds.0: input should be greater than or equal to 0"),
-        ({"seeds": [300_000_000]}, "evaluation: evaluation.rollout_seed: input should be less than 2147483648"),
-        (
-            {"env_settings": ["collect.stall_frames=3"]},
-            "env_settings: collect.stall_frames: does not belong to the env",
-        ),
-        ({"env": "metaworld:a,b,c", "evaluation": {"episodes": 2}}, "episodes: 2 are too few for the 3 tasks of metaw"),
-        ({"label_settings": ["label.lokahead=3"]}, "critic: the command line: unknown key 'label.lokahead'"),
-        ({"label_settings": ["recap.sft=true"]}, "label_settings: recap.sft: is settled by the critic"),
-        ({"joint": {"recipe": "policy.yaml", "settings": ["name=x"]}}, "joint: settings: leave out 'name=x'"),
-        (arm(name="a b"), "arms.a b: name it with letters, digits, - and _"),
-        (arm(seeds=[]), "arms.a.seeds: "),
-        (arm(seeds=[1, 1]), "arms.a.seeds: says 1 twice"),
-        (arm(guidance_betas=[1.0, 2.0, 1.0]), "arms.a.guidance_betas: says 1 twice"),
-        (arm(guidance_betas=[-1.0]), "arms.a.guidance_betas.0: input should be greater than or equal to 0"),
-        (arm(guidance_betas=[float("nan")]), "arms.a.guidance_betas.0: input should be "),
-        (
-            arm(method="recap", labels=["label.batch_size=2"]),
-            "arms.a: label.batch_size: does not change labels of stor",
-        ),
-        (
-            arm(method="recap", labels=["label.source=iql"]),
-            "arms.a: label.source=iql is not to be had from a critic of",
-        ),
-        (arm(policy_of="a"), "arms.a.policy_of: 'a' has to stand before it"),
-        (arm(policy_of="judge"), "arms.a.policy_of: 'judge' trains no policy; name the arm whose policy it judges"),
-        (arm(policy_of="plain", seeds=[5]), "arms.a.seeds: 'plain', whose policy it needs, has not all of them"),
-        (
-            arm(policy_of="plain", settings=["chunk_size=2"]),
-            "arms.a.policy_of: trains nothing, so there is no use for ",
-        ),
-        (arm(policy_of="plain", method="recap"), "arms.a.policy_of: 'plain' is of method imitation; write that here"),
-        (arm(after={"by": "judge", "collect": {"episodes": 1}}), "arms.a.after.by: 'judge' trains no policy"),
-        (arm(after={"by": "next", "collect": {"episodes": 1}}), "arms.a.after.by: 'next' comes after another arm itse"),
-        (
-            arm(after={"by": "plain", "collect": {"episodes": 1, "settings": ["collect.stal_frames=1"]}}),
-            "arms.a.after.collect: the command line: unknown key 'collect.stal_frames'",
-        ),
-        (
-            arm(after={"by": "plain", "collect": {"episodes": 1, "settings": ["evaluation.guidance_betas=[2]"]}}),
-            "arms.a.after.collect: settings: leave out 'evaluation.guidance_betas=[2]'",
-        ),
-        ({"policy": {"recipe": "none.yaml"}}, "arms.plain: --config none.yaml: cannot be read"),
-        ({"policy": {"recipe": "policy.yaml", "settings": ["training.seed=3"]}}, "leave out 'training.seed=3'"),
-        ({"pretrain": {}}, "'pretrain.recipe' is missing"),
-        ({"deepspeed": "none.json"}, "deepspeed: none.json: cannot be read (No such file or directory)"),
-        ({"data": {"episodes": 4, "settings": ["collect.expert_sped=1"]}}, "did you mean 'collect.expert_speed'?"),
-        ({"evaluation": {"episodes": 0}}, "evaluation.episodes: "),
-        ({"arms": {"a": {"method": "joint"}}}, "arms.a: method joint needs 'joint'"),
-        ({"arms": {"a": {"method": "imitation", "labels": ["x=1"]}}}, "arms.a.labels: only method recap reads labels"),
-        ({"arms": {"a": {"method": "imitation", "policy_of": "b"}}}, "arms.a.policy_of: there is no arm 'b'"),
-        (
-            {"arms": {"a": {"method": "recap", "after": {"by": "b", "collect": {"episodes": 1}}}}},
-            "arms.a.after.by: there is no arm 'b'",
-        ),
-        (
-            {"arms": {"a": {"method": "recap", "labels": ["recap.demos=labelled"]}}},
-            "arms.a: recap.demos is labelled for the labels and positive for the policy",
-        ),
-    ],
-)
-def test_a_wrong_recipe_ends_in_one_line_before_anything_runs(desk, change, said, capsys):
-    desk.values |= change
-    assert desk.study() == 2
-    assert said in one_line(capsys)
     assert desk.jobs() == []

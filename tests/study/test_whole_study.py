@@ -4,6 +4,7 @@ import json
 
 import yaml
 
+from recap_ds.checkpoint.layout import best_or_latest
 from recap_ds.cli.main import main
 from tests.distributed.harness import REPOSITORY
 
@@ -65,8 +66,14 @@ def test_recap_from_the_collection_to_the_table(tmp_path, monkeypatch, capsys):
     assert unit["notes"]["critic"].keys() == {"eval/loss"}, "the gate's figure"
     assert sum(line.startswith("| recap |") for line in said.out.splitlines()) == 2
     assert (tmp_path / "studies" / "toy" / "critic9" / "critic" / "summary.json").is_file()
-    # The same runs under another recipe: what lies there is not taken for what is asked.
+    # Neither labels of another critic nor runs of another recipe are taken for what is asked.
     (tmp_path / "study.json").unlink()
+    state = best_or_latest(tmp_path / "studies" / "toy" / "critic9" / "critic") / "state.json"
+    whole = state.read_text()
+    state.write_text(f"{whole} ")
+    assert main(["study", "--config", "study.yaml", "--programs", str(REPOSITORY / "launch")]) == 2
+    assert "data/values/critic9: was made of another critic than there is now; remove it" in capsys.readouterr().err
+    state.write_text(whole)
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(recipe | {"label_settings": ["label.lookahead=8"]}))
     assert main(["study", "--config", "study.yaml", "--programs", str(REPOSITORY / "launch")]) == 2
     assert "toy: holds runs of another recipe: critic.label.lookahead, label_settings.label" in capsys.readouterr().err
