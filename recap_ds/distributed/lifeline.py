@@ -109,15 +109,19 @@ class _Exchange:
                         return
 
     def _welcome(self, selector: selectors.BaseSelector) -> None:
+        if line := self._accept():
+            selector.register(line, selectors.EVENT_READ)
+
+    def _accept(self) -> socket.socket | None:
         line, _ = self._server.accept()
         line.settimeout(CONNECT_SECONDS)
         hello = _read_line(line)
         if hello is None or hello.get("token") != self._token:  # a stranger: ports get scanned
             line.close()
-            return
+            return None
         self._lines[line] = hello["rank"]
         self._num_missing -= 1
-        selector.register(line, selectors.EVENT_READ)
+        return line
 
     def _hear(self, line: socket.socket, selector: selectors.BaseSelector) -> Lost | None:
         word = _read_line(line)
@@ -132,6 +136,9 @@ class _Exchange:
     def _pass_on(self, lost: Lost) -> None:
         for line in self._lines:
             _send(line, lost._asdict())
+        while self._num_missing:  # ranks that this thread has not got round to yet
+            if line := self._accept():
+                _send(line, lost._asdict())
 
 
 def _listen_as(address: str, backlog: int) -> socket.socket:
@@ -160,14 +167,14 @@ def _send(line: socket.socket, word: dict) -> None:
 
 
 def _read_line(line: socket.socket) -> dict | None:
-    """One word; None where the other end is gone, or is no rank of ours."""
+    """One word, and nothing of what follows it; None where the other end is gone, or is no rank of ours."""
     received = b""
     try:
         while not received.endswith(b"\n"):
-            part = line.recv(4096)
-            if not part:
+            waiting = line.recv(4096, socket.MSG_PEEK)
+            if not waiting:
                 return None
-            received += part
+            received += line.recv(waiting.find(b"\n") + 1 or len(waiting))
         word = json.loads(received)
     except (OSError, ValueError):
         return None

@@ -69,6 +69,21 @@ def test_one_rank_that_fails_is_known_to_all_with_its_reason_and_code(ranks):
     assert told == [[lost], [], [lost]], "the one that failed knows already"
 
 
+def test_a_rank_that_fails_as_soon_as_it_has_joined_is_heard_and_those_that_join_later_know():
+    """Its greeting and its reason arrive at once, and nobody else is there yet."""
+    server = lifeline_module._listen_as("127.0.0.1", 2)
+    address = ("127.0.0.1", server.getsockname()[1])
+    threading.Thread(target=lifeline_module._Exchange(server, "secret", 2).run, daemon=True).start()
+    heard = []
+    with socket.create_connection(address, timeout=WAIT) as early:
+        early.sendall(b'{"token": "secret", "rank": 1}\n{"why": "the disk is full", "code": 2}\n')
+        heard.append(lifeline_module._read_line(early))
+        with socket.create_connection(address, timeout=WAIT) as late:
+            late.sendall(b'{"token": "secret", "rank": 0}\n')
+            heard.append(lifeline_module._read_line(late))
+    assert heard == [{"rank": 1, "why": "the disk is full", "code": 2}] * 2
+
+
 def settle(told: list[list[Lost]], ranks: list[int]) -> None:
     deadline = time.monotonic() + WAIT
     while not all(told[rank] for rank in ranks) and time.monotonic() < deadline:
