@@ -94,6 +94,11 @@ def changed_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
     return names
 
 
+def is_among(key: str, names: Sequence[str]) -> bool:
+    """True = ``names`` has ``section.key`` itself, or with a dot at its end the section that it is in."""
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
+
+
 def _sections() -> dict[str, type[BaseModel]]:
     fields = PiStarRECAPConfig.model_fields.items()
     return {

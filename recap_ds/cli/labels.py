@@ -53,7 +53,7 @@ def run_show(args: argparse.Namespace) -> int:
     print(label_table(shard_set, args.tag))
     out = args.out or labels_folder(args.shards, args.tag) / "pictures"
     try:
-        drawn = list(draw_labels(shard_set, args.tag, out))
+        drawn = draw_labels(shard_set, args.tag, out)
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
     for path in drawn:

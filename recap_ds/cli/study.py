@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     results = StudyResults.open(path, recipe)
     out = args.out or Path("studies") / recipe.name
     if not args.table:
+        # Again under the lock, before which another study may have added units. And before it too: to make the lock's
+        # file would make a folder that is not there.
         with exclusive(path.with_name(f".{path.name}.lock"), f"--results {path}", print):
             results = StudyResults.open(path, recipe)
             run_study(recipe, out, results, args.programs, args.jobs)

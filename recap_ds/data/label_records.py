@@ -40,6 +40,11 @@ class ValuesRecord(_Part):
     value: ValueConfig
     max_length: dict[str, int]
 
+    def critic(self) -> str:
+        """Whose they are, for people."""
+        run = f"{self.checkpoint_run} at step {self.checkpoint_step}, " if self.checkpoint_run else ""
+        return f"{run}checkpoint {self.checkpoint_hash[:12]}"
+
     def content_hash(self) -> str:
         """Names the job: every file of values carries it."""
         return _content_hash(self)

@@ -29,7 +29,7 @@ from recap_ds.files.atomic import write_file
 from recap_ds.files.records import read_checked_json, write_checked_json
 from recap_ds.iterate.recipe import IterationRecipe, TrainingJob
 from recap_ds.recipe import build_config, changed_keys
-from recap_ds.train.run_folder import FREE_KEYS, RunFolder
+from recap_ds.train.run_folder import RunFolder, is_free
 
 SETTINGS_NAME = "settings.json"
 RECORD_NAME = "iteration.json"
@@ -193,6 +193,4 @@ def _settings(recipe: IterationRecipe) -> dict:
 
 def _is_free(key: str) -> bool:
     """True = may differ when iterations go on, as in a training run."""
-    setting = key.partition(".")[2]
-    free = any(setting == name or (name.endswith(".") and setting.startswith(name)) for name in FREE_KEYS)
-    return free and key not in CHOOSING_KEYS
+    return is_free(key.partition(".")[2]) and key not in CHOOSING_KEYS

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from recap_ds.checkpoint.layout import resolve_checkpoint
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
-from recap_ds.label.job import OPEN_KEYS, check_keys
+from recap_ds.label.job import OPEN_KEYS, check_agree, check_keys
 from recap_ds.models.export_format import EXPORT_NAME
 from recap_ds.recipe import DRIVEN_KEYS, first_fault, load_config, read_recipe
 
@@ -166,9 +166,4 @@ def _check_jobs(path: str | Path, recipe: IterationRecipe) -> None:
 def _check_labels(recipe: IterationRecipe) -> None:
     """What the label and policy jobs would refuse, when the critic has been trained already."""
     check_keys(recipe.label.settings, OPEN_KEYS, "is settled by the critic")
-    config, policy = recipe.label_config(), recipe.policy_config()
-    source, critic = config.label.source, config.value.critic
-    if (source == "distributional") != (critic == "distributional"):
-        raise UsageError(f"label.source={source} is not to be had from a critic with value.critic={critic}")
-    if config.recap.demos != policy.recap.demos:
-        raise UsageError(f"recap.demos is {config.recap.demos} for the labels and {policy.recap.demos} for the policy")
+    check_agree(recipe.label_config(), recipe.policy_config())

@@ -34,7 +34,7 @@ from recap_ds.models.inference_value import PredictedValues, predict_values
 from recap_ds.models.policy import PiStarRECAPPolicy
 from recap_ds.models.pretrained import load_pretrained
 from recap_ds.processing.normalize import Normalizer
-from recap_ds.recipe import load_config
+from recap_ds.recipe import is_among, load_config
 
 # What may be set on the command line: with anything else the critic would see, or measure, what it never learned.
 OPEN_KEYS = (
@@ -80,8 +80,20 @@ class LabelJob(NamedTuple):
 def check_keys(overrides: Sequence[str], keys: Sequence[str], why: str) -> None:
     for text in overrides:
         key = text.partition("=")[0]
-        if not any(key == known or (known.endswith(".") and key.startswith(known)) for known in keys):
+        if not is_among(key, keys):
             raise UsageError(f"{key}: {why}; only {', '.join(keys)} can be set here")
+
+
+def check_agree(labels: PiStarRECAPConfig, policy: PiStarRECAPConfig) -> None:
+    """What label and policy jobs would refuse once there is a critic.
+
+    ``labels``: the critic's configuration, as the label job reads it.
+    """
+    source, critic = labels.label.source, labels.value.critic
+    if (source == "distributional") != (critic == "distributional"):
+        raise UsageError(f"label.source={source} is not to be had from a critic of value.critic={critic}")
+    if labels.recap.demos != policy.recap.demos:
+        raise UsageError(f"recap.demos is {labels.recap.demos} for the labels and {policy.recap.demos} for the policy")
 
 
 def open_label_job(export: Path, shards: str, tag: str, overrides: Sequence[str]) -> LabelJob:

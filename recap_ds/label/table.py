@@ -17,11 +17,9 @@ def label_table(shard_set: ShardSet, tag: str) -> str:
 
 
 def _facts(shard_set: ShardSet, tag: str, record: LabelRecord) -> str:
-    values = record.values
-    run = f"{values.checkpoint_run} at step {values.checkpoint_step}, " if values.checkpoint_run else ""
     return (
         f"{shard_set.folder}: labels '{tag}' of {shard_set.num_samples} samples\n"
-        f"values '{record.values_tag}' of {run}checkpoint {values.checkpoint_hash[:12]}, {values.precision}\n"
+        f"values '{record.values_tag}' of {record.values.critic()}, {record.values.precision}\n"
         f"{record.told()}"
     )
 

@@ -62,9 +62,7 @@ def read_label_view(folder: Path) -> LabelView:
     record = load_label_record(shards, tag)
     if record is None:
         raise UsageError(f"{folder}: has no {LABELS_NAME}; labels are made by launch/label.py")
-    values = record.values
-    run = f"{values.checkpoint_run} at step {values.checkpoint_step}, " if values.checkpoint_run else ""
-    made_of = f"values of {run}checkpoint {values.checkpoint_hash[:12]}; {record.told()}"
+    made_of = f"values of {record.values.critic()}; {record.told()}"
     view = LabelView(folder, tag, made_of, record.tasks, (), {}, {}, "")
     try:
         shard_set = ShardSet.open(shards)

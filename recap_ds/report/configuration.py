@@ -11,7 +11,7 @@ from recap_ds.recipe import changed_keys
 from recap_ds.report.page import Html, breakable, folded, paragraph, table
 from recap_ds.report.run_record import RunRecord
 from recap_ds.report.svg import escape
-from recap_ds.train.run_folder import FREE_KEYS
+from recap_ds.train.run_folder import is_free
 
 NOT_COMPARED = ("name", "runs_dir")
 MISSING = "-"
@@ -30,8 +30,8 @@ def differing_part(records: Sequence[RunRecord]) -> Html:
     """
     keys = {key for record in records[1:] for key in _differing_keys(record, records[0])}
     rows = [
-        (breakable(key), *(_value(record, key) for record in records), "no" if _is_free(key) else "yes")
-        for key in sorted(keys, key=lambda key: (_is_free(key), key))
+        (breakable(key), *(_value(record, key) for record in records), "no" if is_free(key) else "yes")
+        for key in sorted(keys, key=lambda key: (is_free(key), key))
     ]
     for name, told in (
         ("global_batch", "global batch"),
@@ -59,7 +59,7 @@ def _differing_keys(record: RunRecord, first: RunRecord) -> list[str]:
 
 def learning_keys(record: RunRecord, first: RunRecord) -> list[str]:
     """The settings in which two runs differ and that change what is learned."""
-    return [key for key in _differing_keys(record, first) if not _is_free(key)]
+    return [key for key in _differing_keys(record, first) if not is_free(key)]
 
 
 def settings_part(record: RunRecord, with_name: bool) -> str:
@@ -98,10 +98,6 @@ def _provenance(record: RunRecord) -> Html:
         ("latest, best", f"{show(marks.latest)}, {show(marks.best)}"),
     ]
     return table("Where it comes from", ("", ""), rows)
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
 
 
 def _lookup(config: dict[str, Any], key: str) -> Any:

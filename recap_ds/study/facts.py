@@ -10,7 +10,7 @@ from typing import Any
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
-from recap_ds.recipe import build_config, changed_keys
+from recap_ds.recipe import build_config, changed_keys, is_among
 from recap_ds.study.recipe import OWN_KEYS, Collection, StudyRecipe
 from recap_ds.train.run_folder import FREE_KEYS
 
@@ -68,8 +68,8 @@ def training_facts(config: PiStarRECAPConfig) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for section, value in config.model_dump(mode="json").items():
         if isinstance(value, dict):
-            facts[section] = {key: of for key, of in value.items() if not _is_ignored(f"{section}.{key}")}
-        elif not _is_ignored(section):
+            facts[section] = {key: of for key, of in value.items() if not is_among(f"{section}.{key}", IGNORED_KEYS)}
+        elif not is_among(section, IGNORED_KEYS):
             facts[section] = value
     return {section: value for section, value in facts.items() if value != {}}
 
@@ -113,8 +113,4 @@ def _collection(collection: Collection) -> dict[str, Any]:
 def _settings(texts: Sequence[str]) -> dict[str, str]:
     """By their keys: the last word on one counts, and their order does not."""
     pairs: Iterable[tuple[str, str, str]] = (text.partition("=") for text in texts)
-    return {key: value for key, _, value in pairs if not _is_ignored(key)}
-
-
-def _is_ignored(key: str) -> bool:
-    return any(key == known or (known.endswith(".") and key.startswith(known)) for known in IGNORED_KEYS)
+    return {key: value for key, _, value in pairs if not is_among(key, IGNORED_KEYS)}

@@ -8,7 +8,6 @@
 A thing of other sources is refused and not made anew by itself: it may have taken days.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from recap_ds.checkpoint.layout import STATE_NAME, resolve_checkpoint
 from recap_ds.data.manifest import MANIFEST_NAME
 from recap_ds.errors import UsageError
-from recap_ds.files.records import read_checked_json, write_checked_json
+from recap_ds.files.records import read_checked_json, record_file, write_checked_json
 from recap_ds.recipe import changed_keys
 from recap_ds.study.facts import ANOTHER_RECIPE, arm_facts, changed_arm_facts, changed_shared_facts, shared_facts
 from recap_ds.study.recipe import StudyRecipe, Unit
@@ -92,7 +91,7 @@ def _mark(shards: Path) -> Path:
 
 def hash_of(file: Path) -> str:
     """'' where it is not there."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    return record_file(file).sha256 if file.is_file() else ""
 
 
 def hash_of_run(checkpoint: Path) -> str:

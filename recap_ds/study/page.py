@@ -6,14 +6,23 @@ Whiskers are 95 % intervals over the episodes of all seeds together, rings are s
 from collections.abc import Sequence
 
 from recap_ds import __version__
-from recap_ds.evaluate.intervals import wilson_interval
 from recap_ds.report.interval_chart import Interval, interval_chart
 from recap_ds.report.page import Chapter, grid, paragraph, table, whole_page
 from recap_ds.report.picture import side_by_side
 from recap_ds.report.svg import number
 from recap_ds.study.recipe import StudyRecipe
 from recap_ds.study.results import StudyResults
-from recap_ds.study.table import Pooled, first_row, pool, study_rows, success_rate, throughput
+from recap_ds.study.table import (
+    Pooled,
+    first_row,
+    pool,
+    study_rows,
+    success_interval,
+    success_rate,
+    throughput,
+    told_success,
+    told_throughput,
+)
 
 PICTURE_TITLE, THROUGHPUT_TITLE = "Success rate", "Successes per hour"
 GUIDANCE_NOTE = "in brackets: guidance"
@@ -52,17 +61,15 @@ def verdicts(recipe: StudyRecipe, rows: Sequence[Pooled], tasks: Sequence[str]) 
     first, told = first_row(recipe, rows), []
     if first is None:
         return []
-    slow, slowest, fastest = throughput(first, tasks)
-    low, high = _interval(first, tasks)
+    other, pace = first.episodes(tasks), told_throughput(first, tasks)
+    low, high = success_interval(other)
     for row in (row for row in rows if row is not first):
-        below, above = _interval(row, tasks)
+        mine = row.episodes(tasks)
+        below, above = success_interval(mine)
         how = "more often than" if below > high else "less often than" if above < low else "not clearly otherwise than"
-        mine, other = row.episodes(tasks), first.episodes(tasks)
-        rate, least, most = throughput(row, tasks)
         told.append(
-            f"{_name(row)} succeeds in {success_rate(mine):.2f} [{below:.2f}, {above:.2f}] of {len(mine.success)} "
-            f"episodes, {how} {first.arm} with {success_rate(other):.2f} [{low:.2f}, {high:.2f}]. Successes per hour: "
-            f"{rate:.0f} [{least:.0f}, {most:.0f}] against {slow:.0f} [{slowest:.0f}, {fastest:.0f}]."
+            f"{_name(row)} succeeds in {told_success(mine)} of {len(mine.success)} episodes, {how} {first.arm} with "
+            f"{told_success(other)}. Successes per hour: {told_throughput(row, tasks)} against {pace}."
         )
     return told
 
@@ -70,7 +77,8 @@ def verdicts(recipe: StudyRecipe, rows: Sequence[Pooled], tasks: Sequence[str]) 
 def success_chart(rows: Sequence[Pooled], tasks: Sequence[str], title: str) -> str:
     intervals = []
     for row in rows:
-        episodes, (low, high) = row.episodes(tasks), _interval(row, tasks)
+        episodes = row.episodes(tasks)
+        low, high = success_interval(episodes)
         seeds = tuple(success_rate(one.episodes(tasks)) for one in row.by_seed())
         note = f"{sum(episodes.success)} of {len(episodes.success)}"
         value = success_rate(episodes)
@@ -94,11 +102,6 @@ def _critic_table(rows: Sequence[Pooled]) -> str:
                 lines.append([f"{unit.unit.name}, {task}", *shares, ", ".join(figures)])
     header = ("unit and task", "forced positive", "of the others positive", "critic, held out")
     return table("Shares of samples; the critic's figure is over all tasks", header, lines)
-
-
-def _interval(row: Pooled, tasks: Sequence[str]) -> tuple[float, float]:
-    episodes = row.episodes(tasks)
-    return wilson_interval(sum(episodes.success), len(episodes.success))
 
 
 def _short_name(row: Pooled) -> str:

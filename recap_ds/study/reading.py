@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
-from recap_ds.label.job import ASSIGN_KEYS, OPEN_KEYS, check_keys
+from recap_ds.label.job import ASSIGN_KEYS, OPEN_KEYS, check_agree, check_keys
 from recap_ds.recipe import first_fault, load_config, read_recipe
 from recap_ds.study.facts import read_deepspeed
 from recap_ds.study.recipe import OWN_KEYS, Arm, Collection, Evaluation, Job, Round, StudyRecipe
@@ -57,11 +57,7 @@ def _check_arm(recipe: StudyRecipe, arm: Arm) -> None:
     if arm.method != "recap":
         return
     check_keys(arm.labels, ASSIGN_KEYS, "does not change labels of stored values")
-    labels, critic = recipe.labels_wanted(arm), recipe.critic_config().value.critic
-    if (labels.label.source == "distributional") != (critic == "distributional"):
-        raise UsageError(f"label.source={labels.label.source} is not to be had from a critic of value.critic={critic}")
-    if labels.demos != config.recap.demos:
-        raise UsageError(f"recap.demos is {labels.demos} for the labels and {config.recap.demos} for the policy")
+    check_agree(recipe.critic_config(*arm.labels), config)
 
 
 def _check_evaluation(recipe: StudyRecipe) -> None:

@@ -67,14 +67,13 @@ def study_rows(recipe: StudyRecipe, rows: Sequence[Pooled]) -> list[list[str]]:
 
 
 def _cells(row: Pooled, first: Pooled | None, tasks: Sequence[str]) -> list[str]:
-    rate, low, high = throughput(row, tasks)
     return [
         row.arm,
         f"{row.guidance_beta:g}",
-        *(_with_interval(row.episodes([task])) for task in tasks),
-        _with_interval(row.episodes(tasks)),
+        *(told_success(row.episodes([task])) for task in tasks),
+        told_success(row.episodes(tasks)),
         ", ".join(f"{success_rate(one.episodes(tasks)):.2f}" for one in row.by_seed()),
-        f"{rate:.0f} [{low:.0f}, {high:.0f}]",
+        told_throughput(row, tasks),
         "" if first is None or row is first else _against(row, first, tasks),
     ]
 
@@ -104,9 +103,18 @@ def success_rate(episodes: Episodes) -> float:
     return sum(episodes.success) / len(episodes.success)
 
 
-def _with_interval(episodes: Episodes) -> str:
-    low, high = wilson_interval(sum(episodes.success), len(episodes.success))
+def success_interval(episodes: Episodes) -> tuple[float, float]:
+    return wilson_interval(sum(episodes.success), len(episodes.success))
+
+
+def told_success(episodes: Episodes) -> str:
+    low, high = success_interval(episodes)
     return f"{success_rate(episodes):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def told_throughput(row: Pooled, tasks: Sequence[str]) -> str:
+    rate, low, high = throughput(row, tasks)
+    return f"{rate:.0f} [{low:.0f}, {high:.0f}]"
 
 
 def _line(cells: Sequence[str]) -> str:

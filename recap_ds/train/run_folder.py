@@ -16,7 +16,7 @@ from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.files.atomic import write_file
 from recap_ds.files.lock import lock_folder
-from recap_ds.recipe import changed_keys, dump_config, load_config
+from recap_ds.recipe import changed_keys, dump_config, is_among, load_config
 
 # What may differ between a run and its continuation: it changes where and how fast, not what is learned.
 FREE_KEYS = (
@@ -50,6 +50,10 @@ FREE_KEYS = (
 REPORTED_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "numpy")
 
 
+def is_free(key: str) -> bool:
+    return is_among(key, FREE_KEYS)
+
+
 class RunFolder:
     def __init__(self, config: PiStarRECAPConfig):
         self.path = Path(config.runs_dir) / config.name
@@ -77,9 +81,7 @@ class RunFolder:
         # Read as a config and not as plain YAML: keys that are newer than the run take their defaults.
         old = load_config(self.path / "config.yaml")
         keys = [
-            key
-            for key in changed_keys(old.model_dump(mode="json"), config.model_dump(mode="json"))
-            if not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
+            key for key in changed_keys(old.model_dump(mode="json"), config.model_dump(mode="json")) if not is_free(key)
         ]
         if global_batch != started["global_batch"]:
             keys.append(f"the global batch ({started['global_batch']} -> {global_batch})")
