@@ -24,8 +24,9 @@ from recap_ds.batch import TransitionBatch
 from recap_ds.config import PiStarRECAPConfig
 from recap_ds.errors import UsageError
 from recap_ds.models.flow_losses import source_weight
-from recap_ds.models.layers import attend_grouped, line_up, rotary_angles, rotate, rotation
+from recap_ds.models.layers import attend_grouped, line_up, rotary_angles, rotation
 from recap_ds.models.losses import LossNormalizers, TrainOutput
+from recap_ds.models.prefix_keys import add_attended, project
 from recap_ds.models.vlm import PrefixFeatures, VisionLanguageModel
 
 PALIGEMMA_VOCABULARY, NUM_SPECIAL = 257_152, 128  # rows of its table beyond these are padding
@@ -121,13 +122,6 @@ def _encode(
 
 def _run_layer(layer: nn.Module, x: Tensor, turn: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
     """x [B, M, D]; the prefix's key, value [B, K, T, d]; visible from ``line_up``, True = attends."""
-    attention = layer.self_attn
-    normed = layer.input_layernorm(x)
-    query, own_key, own_value = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    key = torch.cat([key, rotate(own_key, turn)], dim=2)
-    value = torch.cat([value, own_value], dim=2)
-    x = x + attention.o_proj(attend_grouped(rotate(query, turn), key, value, visible))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    query, own_key, own_value = project(layer, x, turn)
+    key, value = torch.cat([key, own_key], dim=2), torch.cat([value, own_value], dim=2)
+    return add_attended(layer, x, attend_grouped(query, key, value, visible))

@@ -56,19 +56,29 @@ def encode_with_keys(
 def _run_layer(
     layer: nn.Module, x: Tensor, turn: Tensor, visible: Tensor, visible_to_words: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    attention, prefix = layer.self_attn, slice(visible.shape[-1])
-    normed = layer.input_layernorm(x)
-    query, key, value = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    query, key = rotate(query, turn), rotate(key, turn)
+    prefix = slice(visible.shape[-1])
+    query, key, value = project(layer, x, turn)
     attended = attend_grouped(query[:, :, prefix], key[:, :, prefix], value[:, :, prefix], visible)
     if visible_to_words is not None:
         words = attend_grouped(query[:, :, prefix.stop :], key, value, visible_to_words)
         attended = torch.cat([attended, words], dim=1)
-    x = x + attention.o_proj(attended)
-    return x + layer.mlp(layer.post_attention_layernorm(x)), key, value
+    return add_attended(layer, x, attended), key, value
+
+
+def project(layer: nn.Module, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, T, D] -> a Gemma layer's queries [B, N, T, d], keys and values [B, K, T, d]; the first two rotated."""
+    attention, normed = layer.self_attn, layer.input_layernorm(x)
+    query, key, value = (
+        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return rotate(query, turn), rotate(key, turn), value
+
+
+def add_attended(layer: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+    """The rest of the layer: x [B, T, D] with what was attended to [B, T, N * d], and what the MLP makes of both."""
+    x = x + layer.self_attn.o_proj(attended)
+    return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 class _TakePart(torch.autograd.Function):
